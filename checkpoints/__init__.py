@@ -1,0 +1,1 @@
+"""Sharded, atomic, verified checkpoints and their conversion."""

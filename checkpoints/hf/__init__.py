@@ -1,0 +1,1 @@
+"""Hugging Face conversion as data: rows, streaming, proof of equality."""

@@ -1,0 +1,1 @@
+"""Text and images into WebDataset shards, and shards into batches."""

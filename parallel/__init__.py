@@ -1,0 +1,1 @@
+"""Meshes, plans and engines: how a model is spread over processes."""

@@ -1,0 +1,1 @@
+"""Train loop, objectives, models, optimizers: what a run is."""

@@ -1,0 +1,1 @@
+"""Causal decoders: Llama, Mistral, Qwen, OLMo, Gemma, SmolLM, GPT-2."""

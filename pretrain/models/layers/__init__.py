@@ -1,0 +1,1 @@
+"""Building blocks of models: torch only, no process groups."""
