@@ -1,0 +1,131 @@
+"""Steps of a training run out of a sample stream: sliced over data ranks, cut into micro-batches, read ahead.
+
+    step at cursor c:   samples c ............................ c + global_batch - 1
+    data rank r of R:   the r-th contiguous part of it, cut into micro-batches in order
+
+The cursor is the global sample index and travels with each step, so a resume is exact however far was read
+ahead.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
+
+import numpy as np
+import torch
+
+from data_pipeline.pack import IGNORED, Samples, SampleStream, TokenStream
+
+MicroBatch = dict[str, torch.Tensor]
+"""``tokens`` int64, ``targets`` int64 (-100 ignored), ``positions`` int32, ``documents`` int32; each [B,
+S].
+"""
+
+
+class Loader:
+    """Endless iterator over steps: ``(micro-batches of this rank, cursor after the step)``.
+
+    Args:
+        global_batch: samples a step over all ranks. micro_batch: samples a micro-batch.
+        rank, world: of the data-parallel group (ranks that read the same samples share a rank).
+        cursor: global index of the first sample, as handed out with the last step done.
+        prefetch: steps read ahead in one background thread; 0 reads in the caller's.
+    """
+
+    def __init__(
+        self,
+        stream: SampleStream,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        cursor: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"data rank {rank} of {world}: must be 0 to {world - 1}")
+        if micro_batch < 1 or global_batch < 1 or global_batch % (micro_batch * world):
+            raise ValueError(
+                f"global_batch {global_batch}: must be a multiple of micro_batch {micro_batch} x {world} "
+                f"data ranks = "
+                f"{micro_batch * world}; change one of the three"
+            )
+        if cursor < 0 or prefetch < 0:
+            raise ValueError(f"cursor {cursor}, prefetch {prefetch}: must be 0 or more")
+        self.stream, self.global_batch, self.micro_batch = stream, global_batch, micro_batch
+        self.cursor, self.prefetch = cursor, prefetch
+        self._per_rank = global_batch // world
+        self._shift = rank * self._per_rank
+        self._pending: deque[Future[list[MicroBatch]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
+        self._closed = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[list[MicroBatch], int]:
+        """The next step. An error of the background thread is raised here, at the step it belongs to."""
+        if self._closed:
+            raise StopIteration
+        if self._thread is None:
+            batches = self._read(self.cursor)
+        else:
+            while len(self._pending) < self.prefetch:
+                ahead = self.cursor + len(self._pending) * self.global_batch
+                self._pending.append(self._thread.submit(self._read, ahead))
+            batches = self._pending[0].result()
+            self._pending.popleft()
+            ahead = self.cursor + (len(self._pending) + 1) * self.global_batch
+            self._pending.append(self._thread.submit(self._read, ahead))
+        self.cursor += self.global_batch
+        return batches, self.cursor
+
+    def _read(self, cursor: int) -> list[MicroBatch]:
+        samples = self.stream.read(cursor + self._shift, self._per_rank)
+        whole = to_torch(samples)
+        size = self.micro_batch
+        cuts = range(0, self._per_rank, size)
+        return [{name: value[cut : cut + size] for name, value in whole.items()} for cut in cuts]
+
+    def close(self) -> None:
+        """Stop reading ahead. Further iteration ends."""
+        self._closed = True
+        self._pending.clear()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def held_out_batches(
+    stream: TokenStream, *, micro_batch: int, rank: int = 0, world: int = 1, max_samples: int | None = None
+) -> Iterator[MicroBatch]:
+    """One pass over the stream's first epoch, every target exactly once over all ranks.
+
+    Each rank gets the same number of full micro-batches (so collectives match); what is past the end has only
+    ignored targets. ``max_samples`` stops early, counted over all ranks. Use a stream with ``shuffle=False``.
+    """
+    last = stream.dataset.num_tokens - 1  # targets of the epoch: every token but the first
+    num_samples = stream.num_samples if max_samples is None else min(max_samples, stream.num_samples)
+    for start in range(0, num_samples, micro_batch * world):
+        first = start + rank * micro_batch
+        samples = stream.read(first, micro_batch)
+        rows = first + np.arange(micro_batch)[:, None]
+        past = (rows >= num_samples) | (rows * stream.seq_len + np.arange(stream.seq_len) >= last)
+        samples.targets[past] = IGNORED
+        yield to_torch(samples)
+
+
+def to_torch(samples: Samples) -> MicroBatch:
+    """Samples as a micro-batch of tensors that share their memory: tokens lose their last column, only a
+    target.
+    """
+    arrays = {"tokens": samples.tokens[:, :-1], "targets": samples.targets}
+    arrays |= {"positions": samples.positions, "documents": samples.documents}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
