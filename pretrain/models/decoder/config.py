@@ -1,0 +1,124 @@
+"""Dimensions and choices of a causal decoder."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pretrain.models.family import ModelConfig
+from pretrain.models.layers.mlp import Activation
+from pretrain.models.layers.norm import NormKind
+from pretrain.models.layers.rope import Rope
+
+LayerKind = Literal["full", "sliding", "nope"]
+
+
+class DecoderConfig(ModelConfig):
+    """Llama-shaped by default; the other fields express the relatives."""
+
+    family: Literal["decoder"] = Field("decoder", description="Model family")
+    vocab_size: int = Field(0, ge=0, description="Tokens in the vocabulary; 0 takes the size of the data's tokenizer")
+    hidden: int = Field(384, gt=0, description="Width of the residual stream")
+    layers: int = Field(6, gt=0, description="Number of blocks")
+    ffn: int = Field(1024, gt=0, description="Width inside the feed-forward layer")
+    heads: int = Field(6, gt=0, description="Number of query heads")
+    kv_heads: int = Field(0, ge=0, description="Number of key/value heads; 0 means as many as query heads")
+    head_dim: int = Field(0, ge=0, description="Width of one head; 0 means hidden / heads")
+    max_seq_len: int = Field(2048, gt=0, description="Longest sequence, in tokens")
+
+    activation: Activation = Field("silu", description="Nonlinearity of the feed-forward layer")
+    gated: bool = Field(True, description="Gate the feed-forward layer (SwiGLU, GeGLU)")
+    mlp_bias: bool = Field(False, description="Biases in the feed-forward layer")
+    qkv_bias: bool = Field(False, description="Biases on the query, key and value projections")
+    out_bias: bool = Field(False, description="Bias on the attention output projection")
+
+    norm: NormKind = Field("rms", description="rms: w*x/rms; rms_unit: (1+w)*x/rms; layer: LayerNorm with bias")
+    norm_eps: float = Field(1e-5, gt=0, description="Added to the variance")
+    norm_position: Literal["pre", "post", "both"] = Field(
+        "pre", description="Norm before each sublayer, on its output, or both"
+    )
+    qk_norm: Literal["none", "head", "full"] = Field(
+        "none", description="Norm on queries and keys: none, per head, or over the whole projection"
+    )
+
+    positions: Literal["rope", "learned"] = Field("rope", description="Rotary or learned absolute positions")
+    rope: Rope = Field(Rope(), description="Rotary embedding of full-attention layers")
+    rope_local: Rope | None = Field(None, description="Rotary embedding of sliding layers; unset: as `rope`")
+    pattern: tuple[LayerKind, ...] = Field(
+        ("full",), min_length=1, description="Kinds of the layers, repeated to the depth: full, sliding, nope"
+    )
+    window: int = Field(0, ge=0, description="Keys a query of a sliding layer sees, itself included")
+    attention_scale: float = Field(0.0, ge=0, description="Factor on scores; 0 means 1/sqrt(head_dim)")
+    attention_softcap: float = Field(0.0, ge=0, description="Scores become c*tanh(s/c); 0 switches it off")
+
+    tied: bool = Field(False, description="The head shares the embedding's weight")
+    embedding_scale: float = Field(1.0, gt=0, description="Factor on the embedding's output")
+    logit_softcap: float = Field(0.0, ge=0, description="Logits become c*tanh(l/c); 0 switches it off")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DecoderConfig":
+        if not self.head_dim and self.hidden % self.heads:
+            raise ValueError(
+                f"model.hidden = {self.hidden} is not divisible by model.heads = {self.heads}; set model.head_dim or "
+                "change one of them"
+            )
+        if self.heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.heads = {self.heads} is not divisible by model.kv_heads = {self.kv_heads}; each key/value "
+                "head must serve the same number of query heads"
+            )
+        if self.dim_per_head % 2 and self.positions == "rope":
+            raise ValueError(f"model.head_dim = {self.dim_per_head} is odd; rotary positions rotate pairs")
+        kinds = {self.layer_kind(i) for i in range(self.layers)}
+        if "sliding" in kinds and not self.window:
+            raise ValueError("model.pattern has sliding layers, but model.window is 0; set how many keys a query sees")
+        return self
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def dim_per_head(self) -> int:
+        return self.head_dim or self.hidden // self.heads
+
+    def layer_kind(self, index: int) -> LayerKind:
+        return self.pattern[index % len(self.pattern)]
+
+    def num_parameters(self) -> int:
+        """All parameters, the tied head once."""
+        embeddings = self.vocab_size * self.hidden * (1 if self.tied else 2)
+        if self.positions == "learned":
+            embeddings += self.max_seq_len * self.hidden
+        return embeddings + self.layers * self._layer_parameters() + self._norm_parameters(self.hidden)
+
+    def _norm_parameters(self, dim: int) -> int:
+        return dim * (2 if self.norm == "layer" else 1)
+
+    def _layer_parameters(self) -> int:
+        q_width, kv_width = self.heads * self.dim_per_head, self.num_kv_heads * self.dim_per_head
+        attention = self.hidden * (2 * q_width + 2 * kv_width)
+        attention += (q_width + 2 * kv_width) * self.qkv_bias + self.hidden * self.out_bias
+        if self.qk_norm == "head":
+            attention += 2 * self._norm_parameters(self.dim_per_head)
+        elif self.qk_norm == "full":
+            attention += self._norm_parameters(q_width) + self._norm_parameters(kv_width)
+        inner = 2 if self.gated else 1
+        mlp = self.hidden * self.ffn * (inner + 1) + (inner * self.ffn + self.hidden) * self.mlp_bias
+        num_norms = 4 if self.norm_position == "both" else 2
+        return attention + mlp + num_norms * self._norm_parameters(self.hidden)
+
+    @property
+    def flops_per_token(self) -> float:
+        matmul_parameters = self.layers * self._layer_parameters() + self.vocab_size * self.hidden
+        return 6.0 * matmul_parameters
+
+    def attention_flops_per_token(self, seq_len: int) -> float:
+        """Causal: on average a query sees half the sequence, or its window; forward 2 matmuls, backward 4."""
+        width = self.heads * self.dim_per_head
+        total = 0.0
+        for index in range(self.layers):
+            window = min(self.window, seq_len) if self.layer_kind(index) == "sliding" else seq_len
+            seen = window - window * (window - 1) / (2 * seq_len)  # mean number of keys a query sees
+            total += 12.0 * width * seen
+        return total

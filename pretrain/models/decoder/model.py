@@ -1,0 +1,179 @@
+"""A causal decoder: embedding, blocks of attention and feed-forward, final norm, head.
+
+Shape letters: B batch, S sequence, E hidden, H query heads, K key/value heads, D head dim, V vocabulary.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor, nn
+
+from pretrain.models.decoder.config import DecoderConfig
+from pretrain.models.layers.attention import AttentionMask, attention
+from pretrain.models.layers.linear import fused_linear
+from pretrain.models.layers.mlp import MLP, GatedMLP
+from pretrain.models.layers.norm import make_norm
+from pretrain.models.layers.rope import cos_sin, rotate
+
+Rotation = tuple[Tensor, Tensor]  # cos, sin: [B, S, 1, D / 2]
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, by layer; [B, T, K, D] each."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        return next(iter(self.entries.values()))[0].shape[1] if self.entries else 0
+
+    def append(self, layer: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self.entries:
+            past_k, past_v = self.entries[layer]
+            k, v = torch.cat((past_k, k), dim=1), torch.cat((past_v, v), dim=1)
+        self.entries[layer] = (k, v)
+        return k, v
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: DecoderConfig, layer: str):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = cfg.dim_per_head
+        self.scale = cfg.attention_scale or None
+        self.softcap = cfg.attention_softcap or None
+        q_width, kv_width = cfg.heads * self.head_dim, cfg.num_kv_heads * self.head_dim
+        self.q = nn.Linear(cfg.hidden, q_width, bias=cfg.qkv_bias)
+        self.k = nn.Linear(cfg.hidden, kv_width, bias=cfg.qkv_bias)
+        self.v = nn.Linear(cfg.hidden, kv_width, bias=cfg.qkv_bias)
+        self.out = nn.Linear(q_width, cfg.hidden, bias=cfg.out_bias)
+        self.qk_norm = cfg.qk_norm
+        if cfg.qk_norm != "none":
+            q_dim, k_dim = (q_width, kv_width) if cfg.qk_norm == "full" else (self.head_dim, self.head_dim)
+            self.q_norm = make_norm(cfg.norm, q_dim, cfg.norm_eps)
+            self.k_norm = make_norm(cfg.norm, k_dim, cfg.norm_eps)
+
+    def forward(
+        self, x: Tensor, mask: AttentionMask, rotation: Rotation | None, cache: KVCache | None = None
+    ) -> Tensor:
+        q, k, v = fused_linear(x, self.q, self.k, self.v)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        out = attention(q, k, v, mask, scale=self.scale, softcap=self.softcap)
+        return self.out(out.flatten(-2))
+
+
+class Block(nn.Module):
+    """x + attention, then x + feed-forward; norms before each, on its output, or both."""
+
+    def __init__(self, cfg: DecoderConfig, index: int):
+        super().__init__()
+        self.kind = cfg.layer_kind(index)
+        self.attention = Attention(cfg, str(index))
+        mlp = GatedMLP if cfg.gated else MLP
+        self.mlp = mlp(cfg.hidden, cfg.ffn, cfg.activation, cfg.mlp_bias)
+
+        def norm(position: str) -> nn.Module:
+            if cfg.norm_position not in (position, "both"):
+                return nn.Identity()
+            return make_norm(cfg.norm, cfg.hidden, cfg.norm_eps)
+
+        self.attention_norm = norm("pre")
+        self.attention_post_norm = norm("post")
+        self.mlp_norm = norm("pre")
+        self.mlp_post_norm = norm("post")
+
+    def forward(
+        self, x: Tensor, mask: AttentionMask, rotation: Rotation | None, cache: KVCache | None = None
+    ) -> Tensor:
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), mask, rotation, cache))
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+
+
+class Decoder(nn.Module):
+    """tokens [B, S] -> hidden states [B, S, E] after the final norm; `head` maps them to logits [B, S, V]."""
+
+    def __init__(self, cfg: DecoderConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden)
+        if cfg.positions == "learned":
+            self.pos_embed = nn.Embedding(cfg.max_seq_len, cfg.hidden)
+        self.layers = nn.ModuleDict({str(i): Block(cfg, i) for i in range(cfg.layers)})
+        self.norm = make_norm(cfg.norm, cfg.hidden, cfg.norm_eps)
+        self.head = nn.Linear(cfg.hidden, cfg.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Share the embedding with the head; call again after parameters were replaced (materialising from meta)."""
+        if self.cfg.tied:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: AttentionMask | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """mask: causal when None; positions [B, S] or [1, S]: counted from the cache's end when None."""
+        mask = AttentionMask() if mask is None else mask
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        x = self.embed(tokens)
+        if self.cfg.embedding_scale != 1.0:
+            x = x * self.cfg.embedding_scale
+        if self.cfg.positions == "learned":
+            x = x + self.pos_embed(positions)
+        masks, rotations = self._by_kind(mask, positions)
+        for block in self.layers.values():
+            x = block(x, masks[block.kind], rotations[block.kind], cache)
+        return self.norm(x)
+
+    def _by_kind(
+        self, mask: AttentionMask, positions: Tensor
+    ) -> tuple[dict[str, AttentionMask], dict[str, Rotation | None]]:
+        """The mask and the rotation of each kind of layer, made once and shared by its layers."""
+        cfg = self.cfg
+        masks = {"full": mask, "nope": mask}
+        rotations: dict[str, Rotation | None] = {"full": None, "nope": None, "sliding": None}
+        if cfg.positions == "rope":
+            rotations["full"] = cos_sin(cfg.rope, positions, cfg.dim_per_head)
+            rotations["sliding"] = rotations["full"]
+        if cfg.window:
+            masks["sliding"] = replace(mask, window=cfg.window)
+            if cfg.rope_local is not None:
+                rotations["sliding"] = cos_sin(cfg.rope_local, positions, cfg.dim_per_head)
+        return masks, rotations
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., E] -> logits [..., V], soft cap included."""
+        logits = self.head(hidden)
+        cap = self.cfg.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: Generator) -> None:
+        """Fill the parameter called `name` (a full CPU tensor) with its initial value.
+
+        Normal with `init_std`; projections back into the residual stream are divided by sqrt(2 * layers), so that its
+        variance does not grow with depth (GPT-2).
+        """
+        owner, kind = name.rsplit(".", 1)
+        if kind == "bias":
+            tensor.zero_()
+        elif owner.rsplit(".", 1)[-1].endswith("norm"):
+            tensor.fill_(0.0 if self.cfg.norm == "rms_unit" else 1.0)
+        else:
+            residual = owner.endswith((".attention.out", ".mlp.down"))
+            std = self.cfg.init_std / math.sqrt(2 * self.cfg.layers) if residual else self.cfg.init_std
+            tensor.normal_(0.0, std, generator=generator)

@@ -1,0 +1,45 @@
+"""What a model family states about itself. Mechanisms elsewhere apply these facts and name no family."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+
+class ModelConfig(BaseModel):
+    """What every family's config has in common: the recipe's `[model]` section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: int
+    max_seq_len: int
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of forward and backward for one token, attention aside."""
+        raise NotImplementedError
+
+    def attention_flops_per_token(self, seq_len: int) -> float:
+        """Model FLOPs of attention scores and values, forward and backward, for one token of a full sequence."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture family.
+
+    config: pydantic model of the recipe's `[model]` section.
+    build: config -> module (on whatever device is current; the engine calls it under `meta`). Its `forward` returns
+        hidden states, `head` is a submodule, `layers` a ModuleDict under global indices, and
+        `init_parameter(name, tensor, generator)` fills one full CPU tensor with its initial value.
+    plan: config -> sharding plan.
+    hf: brand name (Hugging Face `model_type`) -> conversion table.
+    """
+
+    config: type[Any]
+    build: Callable[[Any], nn.Module]
+    plan: Callable[[Any], Any]
+    hf: dict[str, Any]
+    megatron: Any = None
