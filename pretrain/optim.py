@@ -1,0 +1,217 @@
+"""Optimizers: AdamW, and Muon with AdamW beside it."""
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimConfig(BaseModel):
+    """The recipe's `[optim]` section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon on hidden matrices, AdamW on the rest"
+    )
+    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    betas: tuple[DecayRate, DecayRate] = Field(
+        (0.9, 0.95), description="AdamW: decay rates of the two moments, in [0, 1)"
+    )
+    eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment")
+    weight_decay: float = Field(
+        0.1, ge=0, description="decoupled weight decay of matrices, embeddings too; not norms, biases"
+    )
+    clip_grad_norm: float = Field(
+        1.0, ge=0, description="maximum norm of the whole gradient; 0 = no clipping"
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon: decay rate of the momentum")
+    muon_nesterov: bool = Field(True, description="Muon: Nesterov momentum")
+    muon_ns_steps: int = Field(5, ge=1, le=20, description="Muon: Newton-Schulz iterations")
+    muon_adamw_lr_ratio: float = Field(
+        1.0, gt=0, description="Muon: learning rate of the parameters left to AdamW, as a multiple of lr"
+    )
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon updates this parameter: a matrix (or a stack of them) that is no embedding and no head.
+
+    Embeddings and heads are known by their module's name, which ends in `embed` or `head`.
+    """
+    return parameter.ndim >= 2 and not any(part.endswith(("embed", "head")) for part in name.split("."))
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig
+) -> Optimizer:
+    """The optimizer of `config` over the parameters that require gradients (tensors or DTensors).
+
+    Weight decay falls on everything of two or more dims, embeddings and head included, as in Megatron-LM.
+    The learning rate is then set from outside, by `parallel.optimizer_state.set_lr`.
+    Raises ValueError when nothing is trainable.
+    """
+    groups: dict[tuple[bool, bool, Any], list[torch.nn.Parameter]] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            use_muon = config.name == "muon" and is_hidden_matrix(name, parameter)
+            # Fused kernels take DTensors of one mesh only.
+            mesh = getattr(parameter, "device_mesh", None)
+            groups.setdefault((use_muon, parameter.ndim >= 2, mesh), []).append(parameter)
+    if not groups:
+        raise ValueError("the model has no trainable parameter: unfreeze some before building the optimizer")
+    param_groups: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            "lr_ratio": config.muon_adamw_lr_ratio if config.name == "muon" and not use_muon else 1.0,
+            "use_muon": use_muon,
+        }
+        for (use_muon, decayed, _), parameters in groups.items()
+    ]
+    for group in param_groups:
+        group["lr"] = config.lr * group["lr_ratio"]
+    if config.name == "adamw":
+        return torch.optim.AdamW(param_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return Muon(param_groups, config)
+
+
+class Muon(Optimizer):
+    """Muon for groups with `use_muon`, AdamW for the others, in one optimizer.
+
+    Muon steps along the orthogonalised momentum. Its rate is scaled by 0.2 sqrt(max(rows, columns)), so that
+    an update is as large as AdamW's and AdamW's learning rate and weight decay carry over.
+    `torch.optim.Muon` is not used: it takes matrices only, rounds its iteration to bf16 on CPU too, where
+    sharded and whole runs drift apart, and on DTensors each of its matmuls communicates.
+
+    Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon; scale, Liu et al. arXiv:2502.16982.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]], config: OptimConfig):
+        defaults = {
+            "lr": config.lr,
+            "betas": config.betas,
+            "eps": config.eps,
+            "momentum": config.muon_momentum,
+            "nesterov": config.muon_nesterov,
+            "ns_steps": config.muon_ns_steps,
+        }
+        super().__init__(param_groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update from the gradients in `.grad`; parameters without one are left alone."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            (self._muon if group["use_muon"] else self._adamw)(group, parameters)
+
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        momentum, lr = group["momentum"], group["lr"]
+        updates = []
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffer, grad = state["momentum_buffer"], p.grad
+            assert grad is not None
+            buffer.lerp_(grad, 1 - momentum)
+            updates.append(grad.lerp(buffer, momentum) if group["nesterov"] else buffer)
+        for p, update in zip(parameters, orthogonalise(updates, group["ns_steps"]), strict=True):
+            p.mul_(1 - lr * group["weight_decay"])
+            p.add_(update.to(p.dtype), alpha=-lr * 0.2 * math.sqrt(max(p.shape[-2:])))
+
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                step = torch.zeros((), dtype=torch.float32, device=p.device)
+                self.state[p] = {
+                    "step": step,
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        states = [self.state[p] for p in parameters]
+        adamw(
+            [_local(p) for p in parameters],
+            [_local(p.grad) for p in parameters],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def orthogonalise(matrices: list[Tensor], steps: int) -> list[Tensor]:
+    """Replace each matrix [..., rows, columns] by about U V^T of its SVD; singular values land in 0.7 to 1.2.
+
+    DTensors: the whole matrix is orthogonalised, never a shard. Matrices of one shape go as many at a time as
+    the mesh has ranks: an all-to-all gives each rank one whole matrix, another takes the results back, so no
+    work is done twice. Results have their inputs' placements; dtype is bf16 on CUDA, else fp32.
+    """
+    dtype = torch.bfloat16 if matrices and matrices[0].is_cuda else torch.float32
+    results: list[Tensor] = list(matrices)
+    batches: dict[Any, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        if isinstance(matrix, DTensor) and _is_cut(matrix):
+            batches.setdefault((matrix.shape, matrix.device_mesh, matrix.placements), []).append(i)
+        elif isinstance(matrix, DTensor):
+            whole = _newton_schulz(matrix.to_local().to(dtype), steps)
+            results[i] = DTensor.from_local(
+                whole, matrix.device_mesh, matrix.placements, shape=matrix.shape, stride=matrix.stride()
+            )
+        else:
+            results[i] = _newton_schulz(matrix.to(dtype), steps)
+    for (_, mesh, _), members in batches.items():
+        for start in range(0, len(members), mesh.size()):
+            chunk = members[start : start + mesh.size()]
+            stacked = torch.stack([matrices[i].to(dtype) for i in chunk])
+            owned = stacked.redistribute(placements=[Shard(0)] * mesh.ndim)  # type: ignore[attr-defined]
+            done = DTensor.from_local(
+                _newton_schulz(owned.to_local(), steps),
+                mesh,
+                owned.placements,
+                shape=owned.shape,
+                stride=owned.stride(),
+            ).redistribute(placements=stacked.placements)  # type: ignore[attr-defined]
+            for i, result in zip(chunk, done.unbind(0), strict=True):
+                results[i] = result
+    return results
+
+
+def _is_cut(matrix: DTensor) -> bool:
+    """Whether a rank holds less than whole matrices (the last two dims)."""
+    return any(
+        placement.is_partial() or getattr(placement, "dim", -1) >= matrix.ndim - 2
+        for placement in matrix.placements
+    )
+
+
+def _newton_schulz(matrix: Tensor, steps: int) -> Tensor:
+    """Quintic iteration towards the orthogonal factor of matrix [..., rows, columns]; zeros stay zeros."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def _local(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
