@@ -1,0 +1,206 @@
+"""What a run shows while it trains: console, metrics.jsonl, TensorBoard. Used by rank 0's loop."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from parallel.hardware import peak_memory
+
+Values = Mapping[str, Tensor | float]
+
+
+class Metrics:
+    """Takes each step's numbers, reads them one step late, writes them everywhere.
+
+    Reading a tensor waits for its device; one call later the device has finished that step and works on the
+    following one, so the loop does not wait. Tensors handed in must not be written to again.
+
+    Steps count from 1: `log(step)` belongs to the update after which `step` steps are done.
+
+    Args:
+        run_dir: gets `metrics.jsonl` (every step, one JSON object a line; NaN and infinity become null) and
+            `tensorboard/`.
+        tokens_per_step: tokens of one global batch.
+        flops_per_step: model FLOPs of one global batch, forward and backward.
+        peak_flops: the peak of all devices of the job together, FLOP/s; None (unknown): no MFU is shown.
+        device: whose memory is shown.
+        every: console line and TensorBoard point every so many steps (and at the first and last).
+        tensorboard: write TensorBoard scalars.
+        console: where lines go. A progress bar is drawn only on a terminal and outside CI.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        tokens_per_step: int,
+        flops_per_step: float = 0.0,
+        peak_flops: float | None = None,
+        device: torch.device | str = "cpu",
+        every: int = 10,
+        tensorboard: bool = True,
+        console: Console | None = None,
+    ):
+        self.run_dir = run_dir
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_step = flops_per_step
+        self.peak_flops = peak_flops
+        self.device = torch.device(device)
+        self.every = every
+        self.console = console or Console(highlight=False)
+        self._tensorboard = tensorboard
+        self._pending: tuple[int, float, dict[str, Tensor | float]] | None = None
+
+    def start(self, done: int, total: int) -> None:
+        """Begin or continue a run of `total` steps of which `done` are taken.
+
+        Lines and points of later steps, left by a run that died after its last checkpoint, are dropped: those
+        steps come again.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run_dir / "metrics.jsonl"
+        drop_after(path, done)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._writer: Any = None
+        if self._tensorboard:
+            # Costs 0.2 s, so only runs that want it pay.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=done + 1)
+        self._first, self._total = done + 1, total
+        self._last = self._window_start = time.perf_counter()
+        self._window_done = done
+        self._progress: Progress | None = None
+        if self.console.is_terminal and not os.environ.get("CI"):
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self.console, transient=True, refresh_per_second=2)
+            self._task = self._progress.add_task("", total=total, completed=done)
+            self._progress.start()
+
+    def log(self, step: int, values: Values) -> None:
+        """Take step `step`'s numbers: `loss`, `lr`, `grad_norm`, ...; scalars or one-element tensors.
+
+        Returns at once; the step before is written now. Adds `seconds` (wall clock since the last call) and
+        `tokens_per_s`.
+        """
+        self._write_pending()
+        now = time.perf_counter()
+        held = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
+        self._pending = (step, now - self._last, held)
+        self._last = now
+
+    def log_eval(self, step: int, values: Values) -> None:
+        """Write an evaluation's numbers (`eval_loss`, ...) after `step` steps, at once."""
+        self._write_pending()
+        numbers = _numbers(values)
+        self._write_line(step, numbers)
+        self._write_points(step, numbers)
+        self.print("  ".join([f"eval at step {step}", *(f"{k} {v:.4f}" for k, v in numbers.items())]))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside (evaluating, saving) counts neither as step time nor against throughput."""
+        self._write_pending()  # waits for the step in flight, which is no part of the pause
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self._last += spent
+            self._window_start += spent
+
+    def print(self, text: str) -> None:
+        """A line on the console, above the progress bar."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Write what is held and close the files."""
+        self._write_pending()
+        if self._progress is not None:
+            self._progress.stop()
+        if self._writer is not None:
+            self._writer.close()
+        self._file.close()
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        step, seconds, held = self._pending
+        self._pending = None
+        numbers = _numbers(held)
+        rate = self.tokens_per_step / max(seconds, 1e-9)
+        self._write_line(step, {**numbers, "seconds": round(seconds, 6), "tokens_per_s": round(rate, 1)})
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+        if step % self.every == 0 or step in (self._first, self._total):
+            self._show(step, numbers)
+
+    def _show(self, step: int, numbers: dict[str, float]) -> None:
+        """Console line and TensorBoard points; speed is the mean since the last ones."""
+        seconds = max(self._last - self._window_start, 1e-9) / (step - self._window_done)
+        self._window_start, self._window_done = self._last, step
+        shown = {**numbers, "tokens_per_s": self.tokens_per_step / seconds}
+        if self.peak_flops and self.flops_per_step:
+            shown["mfu"] = self.flops_per_step / seconds / self.peak_flops
+        shown["memory_gb"] = peak_memory(self.device) / 1e9
+        self._write_points(step, shown)
+        eta = timedelta(seconds=round((self._total - step) * seconds))
+        width = len(str(self._total))
+        fields = [_field(k, v) for k, v in shown.items()]
+        self.print("  ".join([f"step {step:>{width}}/{self._total}", *fields, f"ETA {eta}"]))
+
+    def _write_line(self, step: int, numbers: dict[str, float]) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def _write_points(self, step: int, numbers: dict[str, float]) -> None:
+        if self._writer is not None:
+            for key, value in numbers.items():
+                self._writer.add_scalar(key, value, step)
+
+
+def drop_after(path: Path, done: int) -> None:
+    """Remove lines of steps beyond `done`, and a torn last line, from the metrics file `path`, if there is one."""
+    if not path.exists():
+        return
+    kept = path.with_name(path.name + ".part")
+    with path.open(encoding="utf-8", errors="replace") as old, kept.open("w", encoding="utf-8") as new:
+        new.writelines(line for line in old if (step := step_of(line)) is not None and step <= done)
+    kept.replace(path)
+
+
+def step_of(line: str) -> int | None:
+    """The step of one line of metrics.jsonl; None when the line is torn or no such line."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _numbers(values: Values) -> dict[str, float]:
+    return {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
+def _field(key: str, value: float) -> str:
+    formats = {
+        "loss": "loss {:.4f}",
+        "lr": "lr {:.2e}",
+        "grad_norm": "grad norm {:.3f}",
+        "tokens_per_s": "{:,.0f} tokens/s",
+        "memory_gb": "{:.2f} GB",
+    }
+    if key == "mfu":
+        return f"MFU {100 * value:.1f} %"
+    return formats.get(key, key.replace("{", "{{").replace("}", "}}") + " {:.4g}").format(value)
