@@ -1,0 +1,9 @@
+"""The objectives that recipes can name. Objective = collate + count + loss; the loop knows no modality."""
+
+from typing import Any
+
+from pretrain.objectives.causal import CausalConfig, CausalObjective
+
+OBJECTIVES: dict[str, tuple[type[Any], type[Any]]] = {
+    "causal": (CausalConfig, CausalObjective),
+}

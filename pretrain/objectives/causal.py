@@ -1,0 +1,71 @@
+"""Next-token prediction."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from pretrain.models.layers.attention import AttentionMask
+from pretrain.objectives.cross_entropy import IGNORED, chunk_loss, chunked_cross_entropy
+
+MicroBatch = dict[str, Any]
+
+
+class CausalConfig(BaseModel):
+    """The recipe's `[objective]` section for next-token prediction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["causal"] = Field("causal", description="Predict the next token")
+    z_loss: float = Field(0.0, ge=0, description="Weight of logsumexp^2, which keeps logits small (1e-4 is common)")
+    document_mask: bool = Field(
+        True, description="Tokens see their own document only and positions restart in each; false: the whole row"
+    )
+    chunk_tokens: int = Field(1024, gt=0, description="Tokens whose logits exist at once")
+
+
+class CausalObjective:
+    """collate + count + loss of next-token prediction."""
+
+    def __init__(self, config: CausalConfig):
+        self.config = config
+        self._chunk: Callable[..., Any] = chunk_loss
+
+    def compile(self) -> None:
+        """Compile what the loss computes over logits."""
+        self._chunk = torch.compile(chunk_loss, dynamic=False)
+
+    def collate(self, batch: MicroBatch) -> MicroBatch:
+        """Samples of the stream -> tokens, targets, positions and the attention mask, on the host."""
+        if self.config.document_mask:
+            mask = AttentionMask.packed(batch["documents"])
+            return {"tokens": batch["tokens"], "targets": batch["targets"], "positions": batch["positions"], "mask": mask}
+        length = batch["tokens"].shape[1]
+        return {
+            "tokens": batch["tokens"],
+            "targets": batch["targets"],
+            "positions": torch.arange(length)[None],
+            "mask": AttentionMask(),
+        }
+
+    def count(self, microbatches: list[MicroBatch]) -> int:
+        """Valid targets in these micro-batches: what the sum of losses is divided by."""
+        return sum(int((batch["targets"] != IGNORED).sum()) for batch in microbatches)
+
+    def loss(self, model: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
+        """Sums over the micro-batch. "loss" is what is differentiated; the others are its parts, for the log."""
+        hidden = model(batch["tokens"], batch["mask"], batch["positions"])
+        nll, z_sum = chunked_cross_entropy(
+            hidden.flatten(0, -2),
+            model.head.weight,
+            batch["targets"].flatten(),
+            softcap=model.cfg.logit_softcap,
+            z_loss=self.config.z_loss,
+            chunk_tokens=self.config.chunk_tokens,
+            chunk=self._chunk,
+        )
+        if not self.config.z_loss:
+            return {"loss": nll}
+        return {"loss": nll + z_sum, "cross_entropy": nll.detach(), "z_loss": z_sum.detach()}
