@@ -171,7 +171,7 @@ class Metrics:
 
 
 def drop_after(path: Path, done: int) -> None:
-    """Remove lines of steps beyond `done`, and a torn last line, from the metrics file `path`, if there is one."""
+    """Remove lines of steps beyond `done`, and a torn last line, from the metrics file `path`, if any."""
     if not path.exists():
         return
     kept = path.with_name(path.name + ".part")

@@ -20,24 +20,26 @@ class OptimConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: Muon on hidden matrices, AdamW on the rest"
+        default="adamw", description="muon: Muon on hidden matrices, AdamW on the rest"
     )
-    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    lr: float = Field(default=3e-4, gt=0, description="peak learning rate")
     betas: tuple[DecayRate, DecayRate] = Field(
-        (0.9, 0.95), description="AdamW: decay rates of the two moments, in [0, 1)"
+        default=(0.9, 0.95), description="AdamW: decay rates of the two moments, in [0, 1)"
     )
-    eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW: added to the root of the second moment")
     weight_decay: float = Field(
-        0.1, ge=0, description="decoupled weight decay of matrices, embeddings too; not norms, biases"
+        default=0.1, ge=0, description="decoupled weight decay of matrices, embeddings too; not norms, biases"
     )
     clip_grad_norm: float = Field(
-        1.0, ge=0, description="maximum norm of the whole gradient; 0 = no clipping"
+        default=1.0, ge=0, description="maximum norm of the whole gradient; 0 = no clipping"
     )
-    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon: decay rate of the momentum")
-    muon_nesterov: bool = Field(True, description="Muon: Nesterov momentum")
-    muon_ns_steps: int = Field(5, ge=1, le=20, description="Muon: Newton-Schulz iterations")
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon: decay rate of the momentum")
+    muon_nesterov: bool = Field(default=True, description="Muon: Nesterov momentum")
+    muon_ns_steps: int = Field(default=5, ge=1, le=20, description="Muon: Newton-Schulz iterations")
     muon_adamw_lr_ratio: float = Field(
-        1.0, gt=0, description="Muon: learning rate of the parameters left to AdamW, as a multiple of lr"
+        default=1.0,
+        gt=0,
+        description="Muon: learning rate of the parameters left to AdamW, as a multiple of lr",
     )
 
 

@@ -12,17 +12,20 @@ class ScheduleConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["cosine", "linear", "wsd", "constant"] = Field(
-        "cosine", description="shape after warmup; wsd = warmup, stable, decay"
+        default="cosine", description="shape after warmup; wsd = warmup, stable, decay"
     )
-    warmup: int = Field(0, ge=0, description="linear warmup, steps")
+    warmup: int = Field(default=0, ge=0, description="linear warmup, steps")
     min_ratio: float = Field(
-        0.1, ge=0, le=1, description="learning rate at the end, as a fraction of the peak (not for constant)"
+        default=0.1,
+        ge=0,
+        le=1,
+        description="learning rate at the end, as a fraction of the peak (not for constant)",
     )
     decay: int = Field(
-        0, ge=0, description="wsd only: length of the final decay, steps; 0 = a tenth of the run"
+        default=0, ge=0, description="wsd only: length of the final decay, steps; 0 = a tenth of the run"
     )
     decay_shape: Literal["linear", "sqrt"] = Field(
-        "linear", description="wsd only: linear, or sqrt = 1 - sqrt(progress)"
+        default="linear", description="wsd only: linear, or sqrt = 1 - sqrt(progress)"
     )
 
 
