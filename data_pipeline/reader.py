@@ -1,13 +1,13 @@
 """Token shards as one list of documents, memory-mapped and addressed through their indexes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from braceexpand import braceexpand
 
+from data_pipeline.paths import expand_paths
 from data_pipeline.shards import DatasetInfo, ShardIndex, load_index, token_dtype
 
 
@@ -30,7 +30,7 @@ class TokenDataset:
 
     def __init__(self, shards: str | Path | Sequence[str | Path], *, vocab_size: int | None = None) -> None:
         patterns = [shards] if isinstance(shards, str | Path) else list(shards)
-        self.paths = expand_shards(patterns)
+        self.paths = expand_paths(patterns, what="shards")
         self.info = DatasetInfo.load(self.paths[0].parent)
         dtypes = {
             folder: _folder_dtype(folder, vocab_size) for folder in {path.parent for path in self.paths}
@@ -119,40 +119,6 @@ class TokenDataset:
             tokens.flags.writeable = False
             self._maps[shard] = tokens
         return tokens
-
-
-def expand_shards(patterns: Iterable[str | Path]) -> list[Path]:
-    """Existing files for brace patterns and globs, without repeats, each glob sorted.
-
-    Raises:
-        FileNotFoundError: a pattern or one of its brace members matches no file.
-    """
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        try:
-            members = list(braceexpand(str(pattern)))
-        except ValueError as error:
-            raise ValueError(
-                f"shards {str(pattern)!r}: unbalanced braces; write text-{{000..127}}.tar"
-            ) from error
-        for member in members:
-            path = Path(member)
-            if any(letter in member for letter in "*?["):
-                matches = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
-            else:
-                matches = [path]
-            files = [match for match in matches if match.is_file()]
-            if not files:
-                hint = (
-                    f"it is a folder, write {path}/train-*.tar"
-                    if path.is_dir()
-                    else "check the path or build shards"
-                )
-                raise FileNotFoundError(f"shards {str(pattern)!r}: no file matches {member}; {hint}")
-            found.update(dict.fromkeys(files))
-    if not found:
-        raise FileNotFoundError("shards: the list of patterns is empty; name at least one shard")
-    return list(found)
 
 
 def _folder_dtype(folder: Path, vocab_size: int | None) -> str:
