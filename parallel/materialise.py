@@ -1,0 +1,49 @@
+"""From the meta device to real parameters, with initial values that do not depend on the layout."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def materialise(model: Any, device: torch.device) -> None:
+    """Allocate the parameters of `model` (built on meta, perhaps sharded) on `device`; values are undefined."""
+    model.to_empty(device=device)
+    model.tie_weights()  # to_empty gave each name storage of its own
+
+
+@torch.no_grad()
+def init_parameters(model: Any, seed: int) -> None:
+    """Fill every parameter with a function of (seed, its name): all layouts start equal.
+
+    One full tensor at a time is drawn on the CPU, and each rank keeps its part.
+    """
+    for name, parameter in model.named_parameters():
+        full = torch.empty(parameter.shape, dtype=parameter.dtype)
+        model.init_parameter(name, full, generator_for(seed, name))
+        if isinstance(parameter, DTensor):
+            mine = full.to(parameter.device)
+            full = distribute_tensor(mine, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(full)
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that is a function of (seed, name)."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parameters by name, each storage once, and the ties: other name -> the name it is stored under."""
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    first_name: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first_name:
+            ties[name] = first_name[id(parameter)]
+        else:
+            first_name[id(parameter)] = name
+            tensors[name] = parameter
+    return tensors, ties

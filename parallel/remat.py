@@ -1,0 +1,37 @@
+"""Activation recomputation: trade compute for memory, block by block."""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Recompute = Literal["none", "selective", "full"]
+
+# Expensive to compute for their size: selective recomputation keeps their results and recomputes the rest.
+SAVED_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def apply_remat(block: nn.Module, recompute: Recompute) -> None:
+    """Make `block` recompute its activations in backward, in place; module and parameter names stay.
+
+    full: keep the block's inputs only. selective: keep the results of matrix products and of fused attention too.
+    """
+    if recompute == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if recompute == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    block.forward = partial(checkpoint, block.forward, **options)
+
+
+def _policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
