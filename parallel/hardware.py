@@ -16,7 +16,7 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     r"H200": 989.5e12,
     r"B200": 2250e12,
     r"L40S": 362e12,
-    r"RTX 4090(?! D)": 165e12,
+    r"RTX 4090(?! (D|Ti))": 165e12,
     r"MI300X": 1307e12,
 }
 

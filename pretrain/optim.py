@@ -17,7 +17,7 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig(BaseModel):
     """The recipe's `[optim]` section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["adamw", "muon"] = Field(
         default="adamw", description="muon: Muon on hidden matrices, AdamW on the rest"
@@ -30,9 +30,7 @@ class OptimConfig(BaseModel):
     weight_decay: float = Field(
         default=0.1, ge=0, description="decoupled weight decay of matrices, embeddings too; not norms, biases"
     )
-    clip_grad_norm: float = Field(
-        default=1.0, ge=0, description="maximum norm of the whole gradient; 0 = no clipping"
-    )
+    clip_grad_norm: float = Field(default=1.0, ge=0, description="maximum norm of the whole gradient; 0 = no clipping")
     muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon: decay rate of the momentum")
     muon_nesterov: bool = Field(default=True, description="Muon: Nesterov momentum")
     muon_ns_steps: int = Field(default=5, ge=1, le=20, description="Muon: Newton-Schulz iterations")
@@ -51,9 +49,7 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not any(part.endswith(("embed", "head")) for part in name.split("."))
 
 
-def build_optimizer(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig
-) -> Optimizer:
+def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig) -> Optimizer:
     """The optimizer of `config` over the parameters that require gradients (tensors or DTensors).
 
     Weight decay falls on everything of two or more dims, embeddings and head included, as in Megatron-LM.
@@ -197,8 +193,7 @@ def orthogonalise(matrices: list[Tensor], steps: int) -> list[Tensor]:
 def _is_cut(matrix: DTensor) -> bool:
     """Whether a rank holds less than whole matrices (the last two dims)."""
     return any(
-        placement.is_partial() or getattr(placement, "dim", -1) >= matrix.ndim - 2
-        for placement in matrix.placements
+        placement.is_partial() or getattr(placement, "dim", -1) >= matrix.ndim - 2 for placement in matrix.placements
     )
 
 
