@@ -59,9 +59,7 @@ class TokenStream:
     def read(self, start: int, count: int) -> Samples:
         """Samples ``start`` to ``start + count - 1`` of the stream."""
         if start < 0 or count < 1:
-            raise ValueError(
-                f"samples {start} to {start + count - 1}: start must be 0 or more, count 1 or more"
-            )
+            raise ValueError(f"samples {start} to {start + count - 1}: start must be 0 or more, count 1 or more")
         size, seq_len = count * self.seq_len, self.seq_len
         flat = np.empty(size + 1, np.int64)
         starts = self._fill(start * seq_len, flat)

@@ -23,9 +23,7 @@ def expand_paths(patterns: Iterable[str | Path], *, what: str) -> list[Path]:
         try:
             members = list(braceexpand(str(pattern)))
         except ValueError as error:
-            raise ValueError(
-                f"{what} {str(pattern)!r}: unbalanced braces; write text-{{000..127}}.tar"
-            ) from error
+            raise ValueError(f"{what} {str(pattern)!r}: unbalanced braces; write text-{{000..127}}.tar") from error
         for member in members:
             path = Path(member)
             matches = [path]

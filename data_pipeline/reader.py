@@ -32,13 +32,9 @@ class TokenDataset:
         patterns = [shards] if isinstance(shards, str | Path) else list(shards)
         self.paths = expand_paths(patterns, what="shards")
         self.info = DatasetInfo.load(self.paths[0].parent)
-        dtypes = {
-            folder: _folder_dtype(folder, vocab_size) for folder in {path.parent for path in self.paths}
-        }
+        dtypes = {folder: _folder_dtype(folder, vocab_size) for folder in {path.parent for path in self.paths}}
         if len(set(dtypes.values())) > 1:
-            raise ValueError(
-                f"shards {patterns}: folders with different token dtypes {dtypes}; read them separately"
-            )
+            raise ValueError(f"shards {patterns}: folders with different token dtypes {dtypes}; read them separately")
         self.dtype = dtypes[self.paths[0].parent]
         self.vocab_size = vocab_size or (self.info.vocab_size if self.info else 1 << 32)
         self._indexes = [self._checked_index(path) for path in self.paths]
@@ -48,9 +44,7 @@ class TokenDataset:
         self._first = np.cumsum([0] + [len(index.lengths) for index in self._indexes])
         self.num_documents, self.num_tokens = len(self.lengths), int(self.lengths.sum())
         if self.num_tokens == 0:
-            raise ValueError(
-                f"shards {patterns}: {len(self.paths)} shards without a single token; build them again"
-            )
+            raise ValueError(f"shards {patterns}: {len(self.paths)} shards without a single token; build them again")
         self._maps: list[np.ndarray | None] = [None] * len(self.paths)
 
     def _checked_index(self, path: Path) -> ShardIndex:
@@ -67,9 +61,7 @@ class TokenDataset:
     def num_text_bytes(self) -> int | None:
         """UTF-8 bytes of all documents' text, or None where a shard does not say."""
         counts = [index.text_bytes for index in self._indexes]
-        return (
-            None if any((count < 0).any() for count in counts) else sum(int(count.sum()) for count in counts)
-        )
+        return None if any((count < 0).any() for count in counts) else sum(int(count.sum()) for count in counts)
 
     @property
     def bytes_per_token(self) -> float | None:

@@ -7,7 +7,7 @@ letter.
 
 import io
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -18,7 +18,7 @@ CHUNK = 4000  # letters; training texts are cut so that no sentence is dropped f
 PROBE = "def f(x):\n\tprint( 'a  b' )\r\n\n    # naïve Σ 日本語 🎉 e\u0301 --> 3.14159\n  return x\n "
 UNIGRAM, BPE = 1, 2  # sentencepiece_model.proto: TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER = 1, 2, 3, 4  # ModelProto.SentencePiece.Type
-ModelProto = NormalizerSpec = Any  # protobuf makes its classes at run time, unseen by type checkers
+Message: TypeAlias = Any  # protobuf makes its classes at run time, unseen by type checkers
 
 
 def train_sentencepiece(texts: Iterable[str], *, model: str, vocab_size: int) -> bytes:
@@ -70,19 +70,15 @@ def convert_sentencepiece(model: bytes, name: str) -> tuple[Tokenizer, dict[str,
     Raises:
         ValueError: ``name`` is not a SentencePiece model, or uses a feature with no equal there.
     """
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto: Message = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(model)
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except (
-        Exception
-    ) as error:  # protobuf's DecodeError is no ValueError, and its module moves between versions
+    except Exception as error:  # protobuf's DecodeError is no ValueError, and its module moves between versions
         raise ValueError(f"{name}: not a SentencePiece model ({error})") from error
     kind = proto.trainer_spec.model_type
     if kind not in (UNIGRAM, BPE) or proto.trainer_spec.treat_whitespace_as_suffix:
-        raise ValueError(
-            f"{name}: only unigram and BPE models with spaces before words convert; give a tokenizer.json"
-        )
+        raise ValueError(f"{name}: only unigram and BPE models with spaces before words convert; give a tokenizer.json")
     tokenizer = Tokenizer(_unigram(proto) if kind == UNIGRAM else _bpe(proto))
     tokenizer.normalizer = _normalizer(proto.normalizer_spec)
     steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Metaspace(prepend_scheme="never", split=False)]
@@ -105,16 +101,14 @@ def convert_sentencepiece(model: bytes, name: str) -> tuple[Tokenizer, dict[str,
     return tokenizer, special
 
 
-def _unigram(proto: ModelProto) -> models.Unigram:
+def _unigram(proto: Message) -> models.Unigram:
     """Special and byte pieces get a hopeless score, for a text that spells one (``<0x09>``) is not one."""
     floor = 100 * min(piece.score for piece in proto.pieces)
     pieces = [(piece.piece, piece.score if piece.type in (NORMAL, USER) else floor) for piece in proto.pieces]
-    return models.Unigram(
-        pieces, unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback
-    )
+    return models.Unigram(pieces, unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback)
 
 
-def _bpe(proto: ModelProto) -> models.BPE:
+def _bpe(proto: Message) -> models.BPE:
     """SentencePiece joins the neighbours whose union scores best: every cut of a piece is a merge of its
     rank.
     """
@@ -138,7 +132,7 @@ def _bpe(proto: ModelProto) -> models.BPE:
     )
 
 
-def _normalizer(spec: NormalizerSpec) -> normalizers.Normalizer | None:
+def _normalizer(spec: Message) -> normalizers.Normalizer | None:
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))

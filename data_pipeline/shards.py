@@ -62,9 +62,7 @@ class DatasetInfo:
         try:
             info = cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path}: not a dataset description ({error}); build the shards again"
-            ) from error
+            raise ValueError(f"{path}: not a dataset description ({error}); build the shards again") from error
         if info.format_version > FORMAT_VERSION or info.dtype not in ("uint16", "uint32"):
             raise ValueError(
                 f"{path}: format version {info.format_version} with dtype {info.dtype!r}, readable are "
@@ -105,14 +103,10 @@ class ShardIndex:
                 facts = json.loads((file.metadata() or {})["shard"])
                 if facts.pop("format_version") > FORMAT_VERSION:
                     raise ValueError("written by a newer version")
-                arrays = {
-                    name: file.get_tensor(name) for name in ("offsets", "lengths", "text_bytes", "keys")
-                }
+                arrays = {name: file.get_tensor(name) for name in ("offsets", "lengths", "text_bytes", "keys")}
                 return cls(**arrays, **facts)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: not a shard index ({error}); remove it and it is built again"
-            ) from error
+            raise ValueError(f"{path}: not a shard index ({error}); remove it and it is built again") from error
 
     def check(self, shard: Path) -> None:
         """Refuse an index that was not made for this file: sizes, and offsets that point outside it."""
@@ -120,9 +114,7 @@ class ShardIndex:
         cure = f"restore the shard, or remove {shard.name}{INDEX_SUFFIX} to have it built again"
         if size != self.shard_size:
             state = "truncated" if size < self.shard_size else "changed"
-            raise ValueError(
-                f"{shard}: {state}: {size} bytes, its index was made for {self.shard_size}; {cure}"
-            )
+            raise ValueError(f"{shard}: {state}: {size} bytes, its index was made for {self.shard_size}; {cure}")
         if len({len(self.offsets), len(self.lengths), len(self.text_bytes), len(self.keys)}) != 1:
             raise ValueError(f"{shard}: its index has arrays of different lengths; {cure}")
         item = np.dtype(self.dtype).itemsize
@@ -188,9 +180,7 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         if kind is None:
             self.close()
         else:
@@ -240,14 +230,10 @@ def scan_shard(shard: Path, dtype: str) -> ShardIndex:
                 else:
                     others.add(extension)
     except tarfile.TarError as error:
-        raise ValueError(
-            f"{shard}: truncated or not a tar ({error}); restore it or build it again"
-        ) from error
+        raise ValueError(f"{shard}: truncated or not a tar ({error}); restore it or build it again") from error
     if not rows:
         found = ", ".join(sorted(others)) or "nothing"
-        raise ValueError(
-            f"{shard}: holds no .tokens member (found: {found}); build token shards from the text first"
-        )
+        raise ValueError(f"{shard}: holds no .tokens member (found: {found}); build token shards from the text first")
     size = shard.stat().st_size
     with shard.open("rb") as file:
         file.seek(max(size - len(END_OF_ARCHIVE), 0))
@@ -286,9 +272,7 @@ def verify_shard(shard: Path) -> None:
     with shard.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != index.sha256:
-        raise ValueError(
-            f"{shard}: sha256 {found}, its index says {index.sha256}; the shard is damaged, restore it"
-        )
+        raise ValueError(f"{shard}: sha256 {found}, its index says {index.sha256}; the shard is damaged, restore it")
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 are.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,10 +63,13 @@ class Tokenizer:
         token = self.special.get(role)
         return None if token is None else self._fast.token_to_id(token)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, without special tokens, as arrays of ``dtype``."""
+    def encode_batch(self, texts: Sequence[str], *, end_of_text: bool = False) -> list[np.ndarray]:
+        """Ids of each text as arrays of ``dtype``, without special tokens but for ``eos_id`` last if asked
+        for.
+        """
+        end = [self.eos_id] if end_of_text else []
         encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        return [np.array(encoding.ids + end, dtype=self.dtype) for encoding in encodings]
 
     def encode(self, text: str) -> np.ndarray:
         """Ids [n] of one text, without special tokens."""
@@ -82,16 +86,15 @@ class Tokenizer:
             write_atomic(Path(folder) / name, data)
 
     @property
-    def fingerprint_bytes(self) -> bytes:
-        """What identifies the tokenizer: equal bytes give equal ids."""
-        return self._files[JSON] + json.dumps(self.special, sort_keys=True).encode()
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give equal ids."""
+        facts = self._files[JSON] + json.dumps(self.special, sort_keys=True).encode()
+        return hashlib.sha256(facts).hexdigest()
 
 
 def train_tokenizer(texts: Sequence[str], *, model: str = "bpe", vocab_size: int = 8192) -> Tokenizer:
     """Train a SentencePiece tokenizer ("bpe" or "unigram") that gives back every text unchanged."""
-    return _from_sentencepiece(
-        train_sentencepiece(texts, model=model, vocab_size=vocab_size), "trained tokenizer"
-    )
+    return _from_sentencepiece(train_sentencepiece(texts, model=model, vocab_size=vocab_size), "trained tokenizer")
 
 
 def load_tokenizer(path: Path | str, *, eos_token: str | None = None) -> Tokenizer:
@@ -111,9 +114,7 @@ def load_tokenizer(path: Path | str, *, eos_token: str | None = None) -> Tokeniz
             raise FileNotFoundError(f"tokenizer {path}: the folder holds neither {JSON} nor {MODEL}")
         path = found[0]
     if not path.is_file():
-        raise FileNotFoundError(
-            f"tokenizer {path}: no such file; give a folder, a tokenizer.json or a .model"
-        )
+        raise FileNotFoundError(f"tokenizer {path}: no such file; give a folder, a tokenizer.json or a .model")
     if path.suffix == ".model":
         return _from_sentencepiece(path.read_bytes(), str(path))
     data = path.read_bytes()
@@ -129,8 +130,7 @@ def load_tokenizer(path: Path | str, *, eos_token: str | None = None) -> Tokeniz
         usual = [token for token in END_OF_TEXT if fast.token_to_id(token) is not None]
         if not usual:
             raise ValueError(
-                f"tokenizer {path}: no end-of-text token found ({', '.join(END_OF_TEXT)}); name it with "
-                f"eos_token"
+                f"tokenizer {path}: no end-of-text token found ({', '.join(END_OF_TEXT)}); name it with eos_token"
             )
         special["eos_token"] = usual[0]
     unknown = getattr(fast.model, "unk_token", None)

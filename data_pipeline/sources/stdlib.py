@@ -21,9 +21,7 @@ def stdlib_files() -> list[Path]:
     return sorted(
         path
         for path in root.rglob("*")
-        if path.suffix in SUFFIXES
-        and not LEFT_OUT.intersection(path.relative_to(root).parts)
-        and path.is_file()
+        if path.suffix in SUFFIXES and not LEFT_OUT.intersection(path.relative_to(root).parts) and path.is_file()
     )
 
 
