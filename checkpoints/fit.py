@@ -15,24 +15,22 @@ Targets = dict[str, dict[str, Tensor]]  # part -> name -> tensor
 
 def check_tensors(model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
     """Raises ValueError for what is no tensor, cannot be stored, or comes under two names."""
-    owners: dict[tuple[int, torch.Size], str] = {}
     for part, tensors in (("model", model), ("optimizer", optimizer)):
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 kind = type(tensor).__name__
                 raise ValueError(f"{part} entry '{name}' is a {kind}: what is no tensor belongs into state")
             if tensor.dtype not in DTYPES:
-                raise ValueError(
-                    f"{part} tensor '{name}' has type {dtype_name(tensor.dtype)}: cannot be saved"
-                )
+                kind = dtype_name(tensor.dtype)
+                raise ValueError(f"{part} tensor '{name}' has type {kind}: safetensors cannot hold it")
             if tensor.is_meta:
                 raise ValueError(f"{part} tensor '{name}' is on the meta device: materialise it first")
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if local.numel() == 0:
-                continue
-            first = owners.setdefault((local.data_ptr(), tensor.shape), name)
-            if first != name:
-                raise ValueError(f"tensors '{first}' and '{name}' share their memory: name one in ties")
+    owners: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in model.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        first = owners.setdefault((local.data_ptr(), tensor.shape), name) if local.numel() else name
+        if first != name:
+            raise ValueError(f"model tensors '{first}' and '{name}' share their memory: name one in ties")
 
 
 def check_json(value: Any, where: str) -> None:
@@ -54,9 +52,7 @@ def tie_targets(ties_by_rank: list[dict[str, str]], stored: dict[str, TensorEntr
     ties = {alias: name for ties in ties_by_rank for alias, name in ties.items()}
     for alias, name in ties.items():
         if name not in stored or alias in stored:
-            raise ValueError(
-                f"tie '{alias}' -> '{name}': only the second must be among the saved model tensors"
-            )
+            raise ValueError(f"tie '{alias}' -> '{name}': only the second must be among the saved model tensors")
     return ties
 
 

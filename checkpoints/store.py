@@ -117,9 +117,7 @@ class CheckpointStore:
             full_state = {**state, "step": step, "ranks": [reply["rank_state"] for reply in replies]}
 
             def commit() -> None:
-                entries = {
-                    name: FileEntry(**entry) for each in written_by_rank for name, entry in each.items()
-                }
+                entries = {name: FileEntry(**entry) for each in written_by_rank for name, entry in each.items()}
                 entries[STATE] = write_durably(temp / STATE, json.dumps(full_state, indent=1).encode())
                 tied = tie_targets([reply["ties"] for reply in replies], tensors["model"])
                 created = datetime.now(UTC).isoformat(timespec="seconds")

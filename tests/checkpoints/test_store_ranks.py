@@ -280,6 +280,47 @@ def test_a_mistake_on_one_rank_is_raised_on_all(tmp_path: Path):
     assert first[3].startswith("FileNotFoundError: no checkpoint of step 6")
 
 
+def memory_of_a_save(folder: Path) -> int:
+    """By how many bytes saving 128 MB of CPU tensors raised the peak of the memory that this process holds."""
+    model = {f"w{index}": torch.ones(2**18, 16) for index in range(8)}
+    store = CheckpointStore(folder)
+    store.save(1, {"small": torch.ones(1)}, {}, {})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    store.save(2, model, {}, {})
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def test_saving_makes_no_copy_of_the_tensors(tmp_path: Path):
+    assert run_ranks(memory_of_a_save, 1, tmp_path)[0] < 16 * 2**20
+
+
+def anonymous_memory() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def memory_of_a_load(folder: Path) -> int:
+    """The largest growth of anonymous memory seen whenever a tensor has been filled, of 128 MB of tensors."""
+    model = {f"w{index}": torch.ones(2**18, 16) for index in range(8)}
+    CheckpointStore(folder).save(1, model, {}, {})
+    before, seen = anonymous_memory(), []
+    fill = Tensor.copy_
+
+    def watched(target: Tensor, source: Tensor) -> Tensor:
+        seen.append(anonymous_memory() - before)
+        return fill(target, source)
+
+    Tensor.copy_ = watched  # type: ignore[method-assign, assignment]
+    CheckpointStore(folder).load(1, model)
+    assert len(seen) == 8
+    return max(seen)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
+def test_loading_holds_one_piece_at_a_time(tmp_path: Path):
+    assert run_ranks(memory_of_a_load, 1, tmp_path)[0] < 2 * 2**24 + 8 * 2**20
+
+
 def save_with_strangers_shape(folder: Path) -> str:
     tensor = DTensor.from_local(
         torch.ones(3 if dist.get_rank() == 0 else 1, 2),
