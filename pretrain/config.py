@@ -189,10 +189,17 @@ def write_config(config: RunConfig, path: Path) -> None:
     path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
 
 
-def explain(config: RunConfig, origins: Origins) -> list[tuple[str, str, str]]:
+def explain_origins(config: RunConfig, origins: Origins) -> list[tuple[str, str, str]]:
     """(dotted key, value, origin) of every resolved key, in the order of the sections."""
     flat = _flatten(config.model_dump(mode="json"), "")
     return [(key, repr(value), _origin(key, origins)) for key, value in flat.items()]
+
+
+def recipe_schema() -> Tree:
+    """JSON Schema of a recipe file, `base` included."""
+    schema = RunConfig.model_json_schema()
+    schema["properties"]["base"] = {"type": "string", "description": "Recipe to inherit from, then override"}
+    return schema
 
 
 def _origin(key: str, origins: Origins) -> str:

@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from pretrain.models.layers.attention import AttentionMask
+from pretrain.models.layers.attention import AttentionMask, choose_backend
 from pretrain.objectives.cross_entropy import IGNORED, chunk_loss, chunked_cross_entropy
 
 MicroBatch = dict[str, Any]
@@ -49,6 +49,20 @@ class CausalObjective:
             "positions": torch.arange(length)[None],
             "mask": AttentionMask(),
         }
+
+    def describe(self, batch: MicroBatch, model: Any, precision: str, device: torch.device) -> str:
+        """One line for the log: which attention back end this batch takes, and why."""
+        length = batch["tokens"].shape[1]
+        name, reason = choose_backend(
+            batch["mask"],
+            device=device,
+            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            queries=length,
+            keys=length,
+            head_dim=model.dim_per_head,
+            softcap=model.attention_softcap or None,
+        )
+        return f"attention: {name} ({reason})"
 
     def count(self, microbatches: list[MicroBatch]) -> int:
         """Valid targets in these micro-batches: what the sum of losses is divided by."""

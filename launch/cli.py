@@ -1,0 +1,147 @@
+"""The command line. Nothing heavy is imported before a command has been chosen."""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from launch.local import joined, start_ranks
+
+Handler = Callable[[argparse.Namespace], int | None]
+
+# These run as ranks: the process that only starts them imports no torch (2 s).
+RANKED = ("launch.commands.run:run", "launch.commands.results:evaluate")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `pretrain ...`; returns the exit code: 0 done, 2 a mistake of the user's, 1 anything else."""
+    args = build_parser().parse_args(argv)
+    module, _, function = args.handler.partition(":")
+    try:
+        if args.handler in RANKED and not joined():
+            return start_ranks(args.nproc)
+        handler: Handler = getattr(importlib.import_module(module), function)
+        return handler(args) or 0
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError) as error:
+        if args.debug:
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"pretrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The tree of commands; each leaf names its handler as "module:function"."""
+    parser = argparse.ArgumentParser(prog="pretrain", description="Pretrain large models from one recipe file.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_data(commands)
+    _add_checkpoint(commands)
+    _add_results(commands)
+    return parser
+
+
+def _leaf(commands: Any, name: str, handler: str, summary: str) -> argparse.ArgumentParser:
+    leaf: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    leaf.set_defaults(handler=f"launch.commands.{handler}")
+    return leaf
+
+
+def _group(commands: Any, name: str, summary: str) -> Any:
+    group = commands.add_parser(name, help=summary, description=summary)
+    return group.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+
+def _nproc(leaf: argparse.ArgumentParser) -> None:
+    leaf.add_argument("--nproc", type=int, metavar="N", help="processes to start here (default: one a GPU, or 1)")
+
+
+def _add_run(commands: Any) -> None:
+    run = _leaf(commands, "run", "run:run", "train a recipe here, or continue the run in its folder")
+    run.add_argument("recipe", help="a recipe's name, or the path of a .toml file")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as train.steps=200")
+    _nproc(run)
+    run.add_argument(
+        "--explain",
+        dest="handler",
+        action="store_const",
+        const="launch.commands.run:explain",
+        help="print each resolved key with its origin, and stop",
+    )
+    schema = _leaf(commands, "schema", "run:schema", "JSON Schema of recipes, for completion in editors")
+    schema.add_argument("out", nargs="?", help="file to write (default: standard output)")
+
+
+def _add_data(commands: Any) -> None:
+    data = _group(commands, "data", "build and inspect token shards")
+    build = _leaf(data, "build", "data:build", "text, JSONL or parquet -> tokenized WebDataset shards")
+    build.add_argument("--input", nargs="+", required=True, help='files, globs, or "stdlib" for Python\'s own sources')
+    build.add_argument("--out", required=True, help="folder of the shards")
+    build.add_argument(
+        "--tokenizer", default="unigram", help="unigram or bpe (trained with SentencePiece), a tokenizer.json, a .model"
+    )
+    build.add_argument("--vocab-size", type=int, default=8192, help="tokens of a tokenizer trained here")
+    build.add_argument("--text-field", default="text", help="field of JSONL and parquet records that holds the text")
+    build.add_argument("--held-out", type=float, default=0.0, help="share of documents kept apart, 0 to 1")
+    build.add_argument("--workers", type=int, help="processes (default: one a core)")
+    build.add_argument("--seed", type=int, default=1, help="seed of the held-out split")
+    build.add_argument("--limit-bytes", type=int, help="read about this many bytes of input at most")
+    build.add_argument(
+        "--max-reject-share", type=float, default=0.1, help="give up when more than this share of records is bad"
+    )
+    inspect = _leaf(data, "inspect", "data:inspect", "show documents of shards, decoded")
+    inspect.add_argument("shards", nargs="+", help="shards, or globs")
+    inspect.add_argument("-n", "--num", type=int, default=3, help="documents to show")
+
+
+def _add_checkpoint(commands: Any) -> None:
+    checkpoint = _group(commands, "checkpoint", "list, verify and convert checkpoints")
+    listing = _leaf(checkpoint, "list", "checkpoint:list_", "checkpoints of a run")
+    listing.add_argument("run", help="the run's folder")
+    verify = _leaf(checkpoint, "verify", "checkpoint:verify", "read every byte and compare checksums")
+    verify.add_argument("run", help="the run's folder")
+    verify.add_argument("--step", type=int, help="this checkpoint only (default: all)")
+    export = _leaf(checkpoint, "export", "convert:export", "write a Hugging Face model, proven equal by its logits")
+    export.add_argument("run", help="the run's folder, or one checkpoint's")
+    export.add_argument("out", help="a new folder")
+    export.add_argument("--step", type=int, help="checkpoint to export (default: the newest whole one)")
+    export.add_argument("--brand", help="Hugging Face model_type (default: the first that fits)")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of the weights (default: as saved)")
+    export.add_argument("--shard-size", default="5GB", help="largest size of one weights file")
+    export.add_argument("--no-verify-logits", action="store_true", help="skip the proof (models larger than memory)")
+    import_ = _leaf(checkpoint, "import", "convert:import_", "make a run out of a Hugging Face model's folder")
+    import_.add_argument("model", help="folder with config.json and safetensors files")
+    import_.add_argument("run", help="a new run's folder")
+
+
+def _add_results(commands: Any) -> None:
+    generate = _leaf(commands, "generate", "results:generate", "continue a prompt with a run's newest checkpoint")
+    generate.add_argument("run", help="the run's folder")
+    generate.add_argument("prompt", help="text to continue")
+    generate.add_argument("--step", type=int, help="checkpoint to use (default: the newest whole one)")
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="tokens to add at most")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    generate.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: from all")
+    generate.add_argument("--seed", type=int, default=1, help="seed of sampling")
+    evaluate = _leaf(commands, "evaluate", "results:evaluate", "held-out loss of a run's newest checkpoint")
+    evaluate.add_argument("run", help="the run's folder")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.shards=data/heldout-*.tar")
+    evaluate.add_argument("--step", type=int, help="checkpoint to use (default: the newest whole one)")
+    _nproc(evaluate)
+    report = _leaf(commands, "report", "results:report", "one HTML page of curves and config, several runs overlaid")
+    report.add_argument("runs", nargs="+", metavar="run", help="folders of runs")
+    report.add_argument("--out", help="file to write (default: report.html in the first run's folder)")
+    _leaf(commands, "doctor", "doctor:doctor", "versions, devices, compiler and attention back ends of this machine")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

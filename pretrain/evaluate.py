@@ -1,0 +1,36 @@
+"""Loss on held-out documents."""
+
+import math
+from typing import Any
+
+import torch
+
+from data_pipeline.loader import held_out_batches
+from data_pipeline.pack import TokenStream
+from data_pipeline.reader import TokenDataset
+from parallel.engine import Engine
+from pretrain.config import RunConfig
+
+
+def held_out_loss(engine: Engine, objective: Any, dataset: TokenDataset, config: RunConfig) -> dict[str, float]:
+    """{"eval_loss": nats a token, "eval_bits_per_byte": where the shards say their text's bytes}. Collective."""
+    stream = TokenStream(dataset, seq_len=config.data.seq_len, shuffle=False)
+    batches = [
+        objective.collate(batch)
+        for batch in held_out_batches(
+            stream,
+            micro_batch=config.train.micro_batch,
+            rank=engine.data_rank,
+            world=engine.data_world,
+            max_samples=config.eval.max_samples,
+        )
+    ]
+    sums = engine.evaluate(batches)
+    count = int(engine.sum_over_data(torch.tensor(objective.count(batches))))
+    if not count:
+        raise ValueError(f"eval.shards = {config.eval.shards!r} hold no target to take a loss at")
+    loss = float(sums.get("cross_entropy", sums["loss"])) / count
+    result = {"eval_loss": loss}
+    if dataset.bytes_per_token:
+        result["eval_bits_per_byte"] = loss / math.log(2) / dataset.bytes_per_token
+    return result

@@ -1,0 +1,266 @@
+"""The training run: build -> loop -> step."""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.collective import Ranks
+from checkpoints.manifest import Manifest
+from checkpoints.state import rng_state, set_rng_state
+from checkpoints.store import CheckpointStore
+from data_pipeline.loader import Loader
+from data_pipeline.pack import TokenStream
+from parallel.engine import Batch, Engine, EngineSpec, make_engine
+from parallel.hardware import device_peak_flops
+from parallel.world import World
+from pretrain.compile import decide_compile
+from pretrain.config import RunConfig, write_config
+from pretrain.data import copy_tokenizer, open_dataset, open_held_out, with_vocabulary
+from pretrain.environment import describe_environment
+from pretrain.evaluate import held_out_loss
+from pretrain.metrics import Metrics
+from pretrain.models import FAMILIES
+from pretrain.objectives import OBJECTIVES
+from pretrain.optim import build_optimizer
+from pretrain.schedule import learning_rate
+
+
+@dataclass
+class Position:
+    """How far the run has got: what a resume needs beside the engine's state."""
+
+    step: int = 0  # optimizer steps taken
+    cursor: int = 0  # global index of the next sample
+
+
+def train(config: RunConfig, world: World) -> Position:
+    """Train to `train.steps`, or to a signal; every rank calls it. Returns where the run stands, checkpoint saved.
+
+    A run found in `run.dir` is continued from its newest whole checkpoint. Raises ValueError or FileNotFoundError for
+    what the user can mend.
+    """
+    ranks = Ranks()
+    run_dir = Path(config.run.dir)
+    store = CheckpointStore(
+        run_dir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every or None
+    )
+    found = ranks.on_first(lambda: check_resume(config, store))
+    dataset = open_dataset(config, ranks.on_first)
+    config = with_vocabulary(config, dataset)
+    held_out = open_held_out(config) if config.eval.every else None
+    if found == config.train.steps:
+        _say(world, f"{run_dir} is complete: step {found} of {config.train.steps}; raise train.steps to go on")
+        return Position(found)
+
+    objective = OBJECTIVES[config.objective.name][1](config.objective)
+    steps_left = config.train.steps - (found or 0)
+    compiling, why = decide_compile(config.train.compile, _flops_a_step(config) * steps_left / world.size, world.device)
+    _say(world, f"compile: {'on' if compiling else 'off'} ({why})")
+    if compiling:
+        objective.compile()
+    engine = build_engine(config, world, objective, compiling)
+    position = Position() if found is None else resume(store, found, engine, world)
+    if found is not None:
+        _say(world, f"resuming {run_dir} at step {position.step}")
+    ranks.on_first(lambda: record_run(config, dataset, run_dir, world))
+    metrics = start_metrics(config, world, position) if world.rank == 0 else None
+    loader = Loader(
+        TokenStream(dataset, seq_len=config.data.seq_len, seed=config.run.seed),
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=engine.data_rank,
+        world=engine.data_world,
+        cursor=position.cursor,
+        prefetch=config.data.prefetch,
+    )
+    try:
+        loop(config, engine, objective, loader, store, metrics, held_out, position)
+    finally:
+        loader.close()
+        if metrics is not None:
+            metrics.close()
+        engine.close()
+    return position
+
+
+def loop(
+    config: RunConfig,
+    engine: Engine,
+    objective: Any,
+    loader: Loader,
+    store: CheckpointStore,
+    metrics: Metrics | None,
+    held_out: Any,
+    position: Position,
+) -> None:
+    """Steps until the end or a signal; evaluates and saves when due. `position` is moved along."""
+    total = config.train.steps
+    saved = position.step
+    with stop_requests() as requested:
+        stopping = torch.zeros(())
+        while position.step < total and not bool(stopping):
+            microbatches, cursor = next(loader)
+            batches = [objective.collate(batch) for batch in microbatches]
+            if position.step == saved and metrics is not None:
+                metrics.print(objective.describe(batches[0], config.model, config.train.precision, metrics.device))
+            lr = learning_rate(config.schedule, position.step, total, config.optim.lr)
+            # Read at the next turn, when the device is done with it: a signal is obeyed one step later.
+            values, stopping = train_step(engine, objective, batches, lr, bool(requested))
+            position.step, position.cursor = position.step + 1, cursor
+            if metrics is not None:
+                metrics.log(position.step, values)
+            due = [every and position.step % every == 0 for every in (config.eval.every, config.checkpoint.every)]
+            if held_out is not None and (due[0] or position.step == total):
+                evaluate(engine, objective, held_out, config, metrics, position.step)
+            if due[1]:
+                save(store, engine, position, metrics)
+                saved = position.step
+    if position.step != saved:
+        save(store, engine, position, metrics)
+    if position.step < total and metrics is not None:
+        metrics.print(f"stopped by a signal at step {position.step} of {total}; the same command resumes there")
+
+
+def train_step(
+    engine: Engine, objective: Any, microbatches: list[Batch], lr: float, stop: bool
+) -> tuple[dict[str, Tensor | float], Tensor]:
+    """One optimizer step; returns numbers for the log, and whether any rank was asked to stop.
+
+    The loss is a sum over targets divided by their global count, and gradients are summed: every layout, micro-batch
+    size and accumulation agrees.
+    """
+    count, stopping = engine.sum_over_data(torch.tensor([objective.count(microbatches), int(stop)])).unbind()
+    sums = engine.forward_backward(microbatches, count)
+    norm = engine.clip_grad_norm()
+    engine.step(lr)
+    return {**sums, "lr": lr, "grad_norm": norm}, stopping
+
+
+def build_engine(config: RunConfig, world: World, objective: Any, compiling: bool = False) -> Engine:
+    """The engine of the recipe around the recipe's model."""
+    family = FAMILIES[config.model.family]
+    spec = EngineSpec(
+        build=lambda: family.build(config.model),
+        plan=family.plan(config.model),
+        loss=objective.loss,
+        make_optimizer=lambda named: build_optimizer(named, config.optim),
+        parallel=config.parallel,
+        precision=config.train.precision,
+        recompute=config.train.recompute,
+        compile=compiling,
+        clip_grad_norm=config.optim.clip_grad_norm,
+        seed=config.run.seed,
+    )
+    return make_engine(config.engine, spec, world)
+
+
+def check_resume(config: RunConfig, store: CheckpointStore) -> int | None:
+    """Step of the checkpoint to continue from, or None for a new run, as `run.resume` allows."""
+    found = store.newest_whole()
+    if found is None and config.run.resume == "must":
+        raise FileNotFoundError(f'run.resume = "must", but {store.folder} has no whole checkpoint; check run.dir')
+    if found is not None and config.run.resume == "never":
+        raise ValueError(
+            f'run.resume = "never", but {config.run.dir} holds a run at step {found}; choose another run.dir'
+        )
+    if found is not None and found > config.train.steps:
+        raise ValueError(
+            f"train.steps = {config.train.steps}, but {config.run.dir} is at step {found} already; raise train.steps "
+            "or choose another run.dir"
+        )
+    return found
+
+
+def resume(store: CheckpointStore, step: int, engine: Engine, world: World) -> Position:
+    """Fill the engine from a checkpoint. One without optimizer state (an import) starts a fresh optimizer."""
+    state = engine.state_dict()
+    path = store.folder / f"step-{step:08d}"
+    optimizer = state["optimizer"] if Manifest.read(path).tensors["optimizer"] else None
+    extra = store.load(step, state["model"], optimizer)
+    engine.load_state_dict(state)
+    if len(extra["ranks"]) == world.size and extra["ranks"][world.rank]:
+        set_rng_state(extra["ranks"][world.rank]["rng"])
+    return Position(extra["step"], extra.get("cursor", 0))
+
+
+def save(store: CheckpointStore, engine: Engine, position: Position, metrics: Metrics | None) -> None:
+    """Write a checkpoint; a failure ends the run, with the earlier ones untouched."""
+    state = engine.state_dict()
+    extra = {"cursor": position.cursor}
+
+    def write() -> Path:
+        return store.save(
+            position.step, state["model"], state["optimizer"], extra, ties=engine.ties, rank_state={"rng": rng_state()}
+        )
+
+    if metrics is None:
+        write()
+        return
+    with metrics.paused():
+        path = write()
+    metrics.print(f"saved {path}")
+
+
+def evaluate(
+    engine: Engine, objective: Any, held_out: Any, config: RunConfig, metrics: Metrics | None, step: int
+) -> None:
+    if metrics is None:
+        held_out_loss(engine, objective, held_out, config)
+        return
+    with metrics.paused():
+        values = held_out_loss(engine, objective, held_out, config)
+    metrics.log_eval(step, values)
+
+
+def record_run(config: RunConfig, dataset: Any, run_dir: Path, world: World) -> None:
+    """What this run is, beside its results: resolved config, environment, tokenizer."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_config(config, run_dir / "config.toml")
+    environment = describe_environment(config.run.seed, world.size, world.device)
+    (run_dir / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
+    copy_tokenizer(dataset, run_dir)
+
+
+def start_metrics(config: RunConfig, world: World, position: Position) -> Metrics:
+    peak = device_peak_flops(world.device)
+    metrics = Metrics(
+        Path(config.run.dir),
+        tokens_per_step=config.train.global_batch * config.data.seq_len,
+        flops_per_step=_flops_a_step(config),
+        peak_flops=peak * world.size if peak else None,
+        device=world.device,
+        every=config.log.every,
+        tensorboard=config.log.tensorboard,
+    )
+    metrics.start(position.step, config.train.steps)
+    return metrics
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM put their number into: the loop finishes its step, saves and leaves."""
+    requested: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda received, _frame: requested.append(received)) for number in signals}
+    try:
+        yield requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _flops_a_step(config: RunConfig) -> float:
+    a_token = config.model.flops_per_token + config.model.attention_flops_per_token(config.data.seq_len)
+    return a_token * config.train.global_batch * config.data.seq_len
+
+
+def _say(world: World, text: str) -> None:
+    if world.rank == 0:
+        print(text, flush=True)
