@@ -34,6 +34,9 @@ class OptimConfig(BaseModel):
     muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon: decay rate of the momentum")
     muon_nesterov: bool = Field(default=True, description="Muon: Nesterov momentum")
     muon_ns_steps: int = Field(default=5, ge=1, le=20, description="Muon: Newton-Schulz iterations")
+    muon_precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="Muon: precision of these products; fp32: layouts agree to rounding"
+    )
     muon_adamw_lr_ratio: float = Field(
         default=1.0,
         gt=0,
@@ -86,8 +89,8 @@ class Muon(Optimizer):
 
     Muon steps along the orthogonalised momentum. Its rate is scaled by 0.2 sqrt(max(rows, columns)), so that
     an update is as large as AdamW's and AdamW's learning rate and weight decay carry over.
-    `torch.optim.Muon` is not used: it takes matrices only, rounds its iteration to bf16 on CPU too, where
-    sharded and whole runs drift apart, and on DTensors each of its matmuls communicates.
+    `torch.optim.Muon` is not used: it takes matrices only, has no precision but bf16, by which sharded and
+    whole runs drift apart, and on DTensors each of its matmuls communicates.
 
     Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon; scale, Liu et al. arXiv:2502.16982.
     """
@@ -100,6 +103,7 @@ class Muon(Optimizer):
             "momentum": config.muon_momentum,
             "nesterov": config.muon_nesterov,
             "ns_steps": config.muon_ns_steps,
+            "ns_dtype": torch.bfloat16 if config.muon_precision == "bf16" else torch.float32,
         }
         super().__init__(param_groups, defaults)
 
@@ -121,7 +125,8 @@ class Muon(Optimizer):
             assert grad is not None
             buffer.lerp_(grad, 1 - momentum)
             updates.append(grad.lerp(buffer, momentum) if group["nesterov"] else buffer)
-        for p, update in zip(parameters, orthogonalise(updates, group["ns_steps"]), strict=True):
+        directions = orthogonalise(updates, group["ns_steps"], group["ns_dtype"])
+        for p, update in zip(parameters, directions, strict=True):
             p.mul_(1 - lr * group["weight_decay"])
             p.add_(update.to(p.dtype), alpha=-lr * 0.2 * math.sqrt(max(p.shape[-2:])))
 
@@ -153,14 +158,13 @@ class Muon(Optimizer):
         )
 
 
-def orthogonalise(matrices: list[Tensor], steps: int) -> list[Tensor]:
+def orthogonalise(matrices: list[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
     """Replace each matrix [..., rows, columns] by about U V^T of its SVD; singular values land in 0.7 to 1.2.
 
     DTensors: the whole matrix is orthogonalised, never a shard. Matrices of one shape go as many at a time as
     the mesh has ranks: an all-to-all gives each rank one whole matrix, another takes the results back, so no
-    work is done twice. Results have their inputs' placements; dtype is bf16 on CUDA, else fp32.
+    work is done twice. Results are of `dtype`, with their inputs' placements.
     """
-    dtype = torch.bfloat16 if matrices and matrices[0].is_cuda else torch.float32
     results: list[Tensor] = list(matrices)
     batches: dict[Any, list[int]] = {}
     for i, matrix in enumerate(matrices):
@@ -205,7 +209,7 @@ def _newton_schulz(matrix: Tensor, steps: int) -> Tensor:
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
 

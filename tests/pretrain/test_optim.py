@@ -97,7 +97,7 @@ def test_muon_takes_hidden_matrices_and_leaves_the_rest_to_adamw() -> None:
 
 def test_muon_first_step_is_the_orthogonalised_gradient_as_large_as_adamws() -> None:
     weight = nn.Parameter(torch.zeros(24, 40))
-    config = OptimConfig(name="muon", lr=0.5, weight_decay=0.0, muon_nesterov=False)
+    config = OptimConfig(name="muon", lr=0.5, weight_decay=0.0, muon_nesterov=False, muon_precision="fp32")
     optimizer = build_optimizer([("w", weight)], config)
     weight.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(weight.grad, full_matrices=False)
@@ -114,7 +114,9 @@ def test_nesterov_and_momentum_follow_their_definition() -> None:
     gradients = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1))
     for nesterov in (True, False):
         weight = nn.Parameter(torch.zeros(5, 7))
-        config = OptimConfig(name="muon", lr=1.0, weight_decay=0, muon_momentum=0.8, muon_nesterov=nesterov)
+        config = OptimConfig(
+            name="muon", lr=1.0, weight_decay=0, muon_momentum=0.8, muon_nesterov=nesterov, muon_precision="fp32"
+        )
         optimizer = build_optimizer([("w", weight)], config)
         for gradient in gradients:
             before = weight.detach().clone()
@@ -122,15 +124,24 @@ def test_nesterov_and_momentum_follow_their_definition() -> None:
             optimizer.step()
         average = 0.2 * (0.8 * gradients[0] + gradients[1])
         direction = 0.2 * gradients[1] + 0.8 * average if nesterov else average
-        expected = orthogonalise([direction], 5)[0] * 0.2 * 7**0.5
+        expected = orthogonalise([direction], 5, torch.float32)[0] * 0.2 * 7**0.5
         torch.testing.assert_close(before - weight.detach(), expected)
 
 
 def test_orthogonalise_treats_a_stack_as_separate_matrices() -> None:
     stack = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(2))
-    together = orthogonalise([stack], 5)[0]
-    torch.testing.assert_close(together, torch.stack(orthogonalise(list(stack), 5)), atol=1e-5, rtol=1e-5)
-    assert not orthogonalise([torch.zeros(3, 4)], 5)[0].any()
+    together = orthogonalise([stack], 5, torch.float32)[0]
+    torch.testing.assert_close(
+        together, torch.stack(orthogonalise(list(stack), 5, torch.float32)), atol=1e-5, rtol=1e-5
+    )
+    assert not orthogonalise([torch.zeros(3, 4)], 5, torch.float32)[0].any()
+
+
+def test_bf16_products_are_near_fp32_ones() -> None:
+    matrix = torch.randn(48, 32, generator=torch.Generator().manual_seed(5))
+    low, high = (orthogonalise([matrix], 5, dtype)[0] for dtype in (torch.bfloat16, torch.float32))
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - high).norm() < 0.06 * high.norm()
 
 
 def test_set_lr_keeps_each_groups_ratio() -> None:
@@ -194,14 +205,13 @@ def train_sharded(name: Name) -> list[tuple[dict[str, Tensor], dict[str, Tensor]
         for layer in model.layers.values():
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        optimizer = build_optimizer(model.named_parameters(), OptimConfig(name=name))
+        optimizer = build_optimizer(model.named_parameters(), OptimConfig(name=name, muon_precision="fp32"))
         train(model, optimizer, range(stop))
         if stop < 3:
             saved = {
-                key: whole(value).clone()
-                for key, value in optimizer_state(optimizer, model.named_parameters()).items()
+                key: whole(value).clone() for key, value in optimizer_state(optimizer, model.named_parameters()).items()
             }
-            optimizer = build_optimizer(model.named_parameters(), OptimConfig(name=name))
+            optimizer = build_optimizer(model.named_parameters(), OptimConfig(name=name, muon_precision="fp32"))
             load_optimizer_state(optimizer, model.named_parameters(), saved)
             train(model, optimizer, range(stop, 3))
         state = optimizer_state(optimizer, model.named_parameters())
@@ -213,7 +223,7 @@ def train_sharded(name: Name) -> list[tuple[dict[str, Tensor], dict[str, Tensor]
 @pytest.mark.parametrize("name", NAMES)
 def test_sharded_equals_one_process(name: Name) -> None:
     model = net()
-    optimizer = build_optimizer(model.named_parameters(), OptimConfig(name=name))
+    optimizer = build_optimizer(model.named_parameters(), OptimConfig(name=name, muon_precision="fp32"))
     train(model, optimizer, range(3))
     state = optimizer_state(optimizer, model.named_parameters())
     for rank_results in run_ranks(train_sharded, 2, name):
@@ -232,7 +242,7 @@ def orthogonalise_layouts() -> float:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     generator = torch.Generator().manual_seed(4)
     matrices = [torch.randn(7, 5, generator=generator) for _ in range(5)]
-    expected = orthogonalise(matrices, 5)
+    expected = orthogonalise(matrices, 5, torch.float32)
     worst = 0.0
     for placements in (
         [Replicate(), Shard(0)],
@@ -242,7 +252,7 @@ def orthogonalise_layouts() -> float:
         [Replicate(), Replicate()],
     ):
         cut: list[Tensor] = [distribute_tensor(m, mesh, placements) for m in matrices]
-        for one, reference in zip(orthogonalise(cut, 5), expected, strict=True):
+        for one, reference in zip(orthogonalise(cut, 5, torch.float32), expected, strict=True):
             assert isinstance(one, DTensor) and list(one.placements) == placements
             worst = max(worst, (one.full_tensor() - reference).abs().max().item())
     return worst
