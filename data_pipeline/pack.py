@@ -61,18 +61,20 @@ class TokenStream:
         if start < 0 or count < 1:
             raise ValueError(f"samples {start} to {start + count - 1}: start must be 0 or more, count 1 or more")
         size, seq_len = count * self.seq_len, self.seq_len
-        flat = np.empty(size + 1, np.int64)
+        # One block for all: several large ones are returned to the system and faulted in again, at 5 times the cost.
+        block = np.empty(3 * size + 1, np.int64)
+        flat, targets = block[: size + 1], block[size + 1 : 2 * size + 1]
+        positions, documents = block[2 * size + 1 :].view(np.int32).reshape(2, size)
         starts = self._fill(start * seq_len, flat)
-        targets = flat[1:].copy()
+        targets[:] = flat[1:]
         targets[starts[starts > 0] - 1] = IGNORED
 
         rows = np.arange(0, size, seq_len)
         bounds = np.union1d(rows, starts[starts < size])
         lengths = np.diff(bounds, append=size)
         ordinals = np.arange(len(bounds)) - np.searchsorted(bounds, rows)[bounds // seq_len]
-        documents = np.repeat(ordinals.astype(np.int32), lengths)
-        positions = np.arange(size, dtype=np.int32)
-        positions -= np.repeat(bounds.astype(np.int32), lengths)
+        documents[:] = np.repeat(ordinals.astype(np.int32), lengths)
+        np.subtract(np.arange(size, dtype=np.int32), np.repeat(bounds.astype(np.int32), lengths), out=positions)
 
         step = flat.strides[0]
         tokens = np.lib.stride_tricks.as_strided(flat, (count, seq_len + 1), (seq_len * step, step))

@@ -93,12 +93,14 @@ class TokenDataset:
 
         All [k]; ``out`` [sum of lengths] of any integer dtype wide enough.
         """
-        shards = np.searchsorted(self._first, documents, side="right") - 1
-        sources = self._starts[documents] + begins
-        ends = np.cumsum(lengths)
-        rows = zip(shards.tolist(), sources.tolist(), lengths.tolist(), ends.tolist(), strict=True)
-        for shard, source, length, end in rows:
-            out[end - length : end] = self._map(shard)[source : source + length]
+        if len(self.paths) == 1:
+            shards = np.zeros(len(documents), np.int64)
+        else:
+            shards = np.searchsorted(self._first, documents, side="right") - 1
+        maps = {shard: self._map(shard) for shard in set(shards.tolist())}
+        begins = self._starts[documents] + begins
+        rows = zip(shards.tolist(), begins.tolist(), (begins + lengths).tolist(), strict=True)
+        np.concatenate([maps[shard][begin:end] for shard, begin, end in rows], out=out)
 
     def _map(self, shard: int) -> np.ndarray:
         tokens = self._maps[shard]
