@@ -71,7 +71,9 @@ def misfits(manifest: Manifest, targets: Targets, ranks: Ranks) -> str:
                 missing.append(f"{part} {name}")
                 continue
             wanted[place[part, stored]] = True
-            if not _fits(entry, tensor):
+            if tensor.is_meta:
+                unlike.append(f"{part} {name} (on the meta device here: materialise it first)")
+            elif not _fits(entry, tensor):
                 here = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
                 unlike.append(f"{part} {name} ({entry.dtype} {entry.shape} there, {here} here)")
     needed = ranks.union(wanted)
@@ -80,7 +82,7 @@ def misfits(manifest: Manifest, targets: Targets, ranks: Ranks) -> str:
     findings = (
         ("it lacks", [name for reply in replies for name in reply["missing"]]),
         ("only it has", extra),
-        ("shape or type differ in", [text for reply in replies for text in reply["unlike"]]),
+        ("unlike are", [text for reply in replies for text in reply["unlike"]]),
     )
     return "; ".join(f"{verb} {_first_few(names)}" for verb, names in findings if names)
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from checkpoints.collective import CheckpointError
+from checkpoints.collective import CheckpointError, Ranks
 from checkpoints.manifest import Manifest
 from checkpoints.store import CheckpointStore
 from tests.ranks import run_ranks
@@ -319,6 +319,25 @@ def memory_of_a_load(folder: Path) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
 def test_loading_holds_one_piece_at_a_time(tmp_path: Path):
     assert run_ranks(memory_of_a_load, 1, tmp_path)[0] < 2 * 2**24 + 8 * 2**20
+
+
+def save_beside_nccl(folder: Path) -> tuple[bool, bool]:
+    """Where the default backend is another, the store talks over a gloo group of its own."""
+    backend = dist.get_backend
+    dist.get_backend = lambda *_: dist.Backend("nccl")
+    ranks = Ranks()
+    dist.get_backend = backend
+    store = CheckpointStore(folder)
+    store._ranks = ranks
+    weight = {"w": torch.ones(4, 2)}
+    store.save(1, weight, {}, {})
+    weight["w"].zero_()
+    store.load(1, weight)
+    return ranks.group is not dist.group.WORLD, bool(weight["w"].all())
+
+
+def test_the_store_needs_no_gloo_as_default_backend(tmp_path: Path):
+    assert run_ranks(save_beside_nccl, 2, tmp_path) == [(True, True)] * 2
 
 
 def save_with_strangers_shape(folder: Path) -> str:
