@@ -18,7 +18,7 @@ RANKED = ("launch.commands.run:run", "launch.commands.results:evaluate")
 
 def main(argv: list[str] | None = None) -> int:
     """Run `pretrain ...`; returns the exit code: 0 done, 2 a mistake of the user's, 1 anything else."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     module, _, function = args.handler.partition(":")
     try:
         if args.handler in RANKED and not joined():
@@ -36,6 +36,18 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Arguments of one command; `key=value` overrides may stand before, between and after its options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    strange = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def build_parser() -> argparse.ArgumentParser:
