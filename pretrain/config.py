@@ -184,6 +184,11 @@ def load_run_config(run_dir: Path) -> RunConfig:
     return validate(_read_toml(path), str(path))
 
 
+def override_config(run_dir: Path, overrides: list[str]) -> RunConfig:
+    """The config saved in a run's folder, with `key=value` overrides."""
+    return resolve(str(Path(run_dir) / "config.toml"), overrides)[0]
+
+
 def write_config(config: RunConfig, path: Path) -> None:
     """Save a resolved config as TOML that `load_run_config` and `pretrain run` read."""
     path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))

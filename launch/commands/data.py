@@ -1,0 +1,34 @@
+"""pretrain data build, inspect"""
+
+import argparse
+from pathlib import Path
+
+from data_pipeline.build import TrainTokenizer
+from data_pipeline.build import build as build_shards
+from data_pipeline.inspect import inspect as inspect_shards
+from data_pipeline.sources.stdlib import stdlib_files
+
+
+def build(args: argparse.Namespace) -> None:
+    """Build shards and print the report."""
+    inputs = stdlib_files() if args.input == ["stdlib"] else args.input
+    trained = args.tokenizer in ("unigram", "bpe")
+    tokenizer = TrainTokenizer(args.tokenizer, args.vocab_size) if trained else Path(args.tokenizer)
+    report = build_shards(
+        inputs,
+        args.out,
+        tokenizer=tokenizer,
+        seed=args.seed,
+        text_field=args.text_field,
+        held_out=args.held_out,
+        limit_bytes=args.limit_bytes,
+        workers=args.workers,
+        max_reject_share=args.max_reject_share,
+    )
+    print(report)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print documents, decoded."""
+    for line in inspect_shards(args.shards, args.num):
+        print(line)

@@ -1,0 +1,65 @@
+"""pretrain generate, evaluate, report"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from checkpoints.store import CheckpointStore
+from parallel.world import join_world
+from pretrain.config import override_config
+from pretrain.data import open_held_out
+from pretrain.evaluate import held_out_loss
+from pretrain.generate import generate as generate_tokens
+from pretrain.load import load_trained, run_tokenizer
+from pretrain.objectives import OBJECTIVES
+from pretrain.report import write_report
+from pretrain.train import build_engine
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Print the prompt's continuation token by token."""
+    run_dir = Path(args.run)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trained = load_trained(run_dir, args.step, device)
+    tokenizer = run_tokenizer(run_dir)
+    prompt = torch.tensor(tokenizer.encode(args.prompt).tolist(), dtype=torch.int64, device=device)
+    tokens = prompt.tolist()
+    shown = tokenizer.decode(tokens)
+    print(shown, end="", flush=True)
+    options = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
+    new = generate_tokens(
+        trained.model, prompt, max_new_tokens=args.max_new_tokens, eos_id=tokenizer.eos_id, **options
+    )
+    for token in new:
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else: the first bytes of a character
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Held-out loss of a checkpoint; every rank calls it."""
+    run_dir = Path(args.run)
+    config = override_config(run_dir, args.overrides)
+    if not config.eval.shards:
+        raise ValueError("eval.shards is not set in the run; add eval.shards=PATH to name held-out shards")
+    with join_world() as world:
+        objective = OBJECTIVES[config.objective.name][1](config.objective)
+        engine = build_engine(config, world, objective)
+        state = engine.state_dict()
+        step = CheckpointStore(run_dir / "checkpoints").load(args.step, state["model"])["step"]
+        engine.load_state_dict(state)
+        values = held_out_loss(engine, objective, open_held_out(config), config)
+        if world.rank == 0:
+            print("  ".join([f"step {step}", *(f"{name} {value:.4f}" for name, value in values.items())]))
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write the HTML page and say where."""
+    runs = [Path(run) for run in args.runs]
+    out = Path(args.out) if args.out else runs[0] / "report.html"
+    write_report(runs, out)
+    print(f"wrote {out}")
