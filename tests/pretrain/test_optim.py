@@ -193,12 +193,12 @@ def test_resume_is_bit_exact(name: Name) -> None:
 
 
 def train_sharded(name: Name) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Weights and optimizer state after 3 steps, gathered: FSDP2, FSDP2 resumed after 2, HSDP-like mesh."""
+    """Weights and optimizer state after 3 steps, gathered: FSDP2, FSDP2 resumed after 2, HSDP."""
     results = []
     world = torch.distributed.get_world_size()
     meshes = [
         init_device_mesh("cpu", (world,)),
-        init_device_mesh("cpu", (1, world), mesh_dim_names=("r", "s")),
+        init_device_mesh("cpu", (world, 1), mesh_dim_names=("r", "s")),
     ]
     for mesh, stop in ((meshes[0], 3), (meshes[0], 2), (meshes[1], 3)):
         model = net()
