@@ -18,6 +18,7 @@ from data_pipeline.sources.text import Document, Piece, Reject, read_piece
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_REPORT, CHUNK_REJECTS = "report.json", "rejects.jsonl"
+SAMPLE_PLACES = 20
 BATCH_LETTERS = 1 << 19  # text given to the tokenizer at a time
 
 
@@ -131,6 +132,35 @@ def _batches(job: ChunkJob, rejects: list[Reject]) -> Iterator[list[Document]]:
                 batch, letters = [], 0
     if batch:
         yield batch
+
+
+def sample_texts(pieces: list[Piece], num_bytes: int, *, text_field: str, seed: int, held_out: float) -> list[str]:
+    """Training documents, cut to ``num_bytes`` in all, from many places: pieces in hash order, a share from each."""
+    texts: list[str] = []
+    bad: list[Reject] = []
+    left, share = num_bytes, num_bytes // min(SAMPLE_PLACES, len(pieces) or 1)
+    for piece in sorted(pieces, key=lambda piece: unit_hash(seed, f"sample:{piece.name}:{piece.start}")):
+        here = min(left, share)
+        for entry in read_piece(piece, text_field):
+            if here <= 0:
+                break
+            if isinstance(entry, Reject):
+                bad.append(entry)
+            elif not is_held_out(entry, seed, held_out):
+                texts.append(entry.text[:here])
+                size = len(texts[-1].encode())
+                here, left = here - size, left - size
+    if not texts:
+        first = f"; the first bad record is {bad[0].source}: {bad[0].reason} {bad[0].detail}" if bad else ""
+        raise ValueError(f"tokenizer: no training document in {len(pieces)} inputs to train it on{first}")
+    return texts
+
+
+def inputs_hash(pieces: list[Piece]) -> str:
+    """Changes when an input is added, removed or rewritten (by size and modification time)."""
+    times = {path: os.stat(path).st_mtime_ns for path in {piece.path for piece in pieces}}  # noqa: PTH116
+    rows = [(piece.name, piece.start, piece.stop, times[piece.path]) for piece in pieces]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def is_held_out(document: Document, seed: int, share: float) -> bool:

@@ -1,13 +1,14 @@
 """What a build of shards says about itself."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from data_pipeline.shards import write_atomic
 
-REJECTS = "rejects.jsonl"
+REPORT, REJECTS = "report.json", "rejects.jsonl"
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,9 @@ class BuildReport:
     @classmethod
     def load(cls, path: Path) -> Self:
         return cls(**json.loads(path.read_text()))
+
+
+def count_rejects(chunks: list[dict[str, Any]]) -> dict[str, int]:
+    """Bad records by reason over all chunks, the most frequent first."""
+    total = sum((Counter(chunk["rejects"]) for chunk in chunks), Counter[str]())
+    return dict(total.most_common())

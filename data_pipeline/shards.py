@@ -145,10 +145,13 @@ class ShardWriter:
         """Append a document of ``tokens`` [n]; ``facts`` go into its json beside ``text_bytes`` and
         ``num_tokens``.
         """
+        largest = int(tokens.max(initial=0))
+        if largest > np.iinfo(self.dtype).max:
+            raise ValueError(f"{self.path}: token {largest} does not fit {self.dtype.name}; use a larger vocab_size")
         about = {**facts, "text_bytes": text_bytes, "num_tokens": len(tokens)}
         self._rows.append((self._size + BLOCK, len(tokens), text_bytes))
         self._keys.append(key)
-        self._max_token = max(self._max_token, int(tokens.max(initial=0)))
+        self._max_token = max(self._max_token, largest)
         self._member(f"{key}.tokens", tokens.astype(self.dtype, copy=False).tobytes())
         self._member(f"{key}.json", json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode())
 
@@ -199,49 +202,52 @@ def make_index(rows: list[tuple[int, int, int]], keys: list[str], **facts: Any) 
 
 
 def scan_shard(shard: Path, dtype: str) -> ShardIndex:
-    """Build the index of a shard made elsewhere (webdataset's own writer, say) by reading it once from end to
-    end.
-    """
+    """Build the index of a shard made elsewhere (webdataset's own writer, say) by reading it once from end to end."""
     item = np.dtype(dtype).itemsize
-    rows: list[tuple[int, int, int]] = []
-    keys: list[str] = []
+    rows: dict[str, tuple[int, int]] = {}  # key -> offset, tokens
+    text_bytes: dict[str, int] = {}
     max_token, others = 0, set()
-    try:
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
+    with shard.open("rb") as file:
+        _check_end(shard, file)
+        try:
+            for member in tarfile.open(fileobj=file, mode="r:"):  # noqa: SIM115 (it owns nothing but file)
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
+                file.seek(member.offset_data)
                 if extension == "tokens":
+                    if key in rows:
+                        raise ValueError(f"{shard}: key {key} occurs twice; keys must be unique in a shard")
                     if member.size % item:
                         raise ValueError(
-                            f"{shard}: {member.name} has {member.size} bytes, not a multiple of {dtype}'s "
-                            f"{item}; the "
+                            f"{shard}: {member.name} has {member.size} bytes, not a multiple of {dtype}'s {item}; the "
                             f"dtype or vocab_size given is not the one it was written with"
                         )
-                    file.seek(member.offset_data)
-                    payload = np.frombuffer(file.read(member.size), dtype)
-                    max_token = max(max_token, int(payload.max(initial=0)))
-                    rows.append((member.offset_data, len(payload), -1))
-                    keys.append(key)
-                elif extension == "json" and keys and keys[-1] == key:
-                    file.seek(member.offset_data)
-                    rows[-1] = (*rows[-1][:2], _text_bytes(file.read(member.size)))
+                    tokens = np.frombuffer(file.read(member.size), dtype)
+                    max_token = max(max_token, int(tokens.max(initial=0)))
+                    rows[key] = (member.offset_data, len(tokens))
+                elif extension == "json":
+                    text_bytes[key] = _text_bytes(file.read(member.size))
                 else:
                     others.add(extension)
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard}: truncated or not a tar ({error}); restore it or build it again") from error
+        except tarfile.TarError as error:
+            raise ValueError(f"{shard}: truncated or not a tar ({error}); restore it or build it again") from error
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if not rows:
         found = ", ".join(sorted(others)) or "nothing"
         raise ValueError(f"{shard}: holds no .tokens member (found: {found}); build token shards from the text first")
+    table = [(*row, text_bytes.get(key, -1)) for key, row in rows.items()]
+    facts = {"dtype": dtype, "shard_size": shard.stat().st_size, "sha256": sha256, "max_token": max_token}
+    return make_index(table, list(rows), **facts)
+
+
+def _check_end(shard: Path, file: IO[bytes]) -> None:
     size = shard.stat().st_size
-    with shard.open("rb") as file:
-        file.seek(max(size - len(END_OF_ARCHIVE), 0))
-        if file.read() != END_OF_ARCHIVE:
-            raise ValueError(f"{shard}: truncated: no end-of-archive mark; restore it or build it again")
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return make_index(rows, keys, dtype=dtype, shard_size=size, sha256=sha256, max_token=max_token)
+    file.seek(max(size - len(END_OF_ARCHIVE), 0))
+    if size % BLOCK or file.read() != END_OF_ARCHIVE:
+        raise ValueError(f"{shard}: truncated or not a tar: no end-of-archive mark; restore it or build it again")
+    file.seek(0)
 
 
 def load_index(shard: Path, dtype: str) -> ShardIndex:

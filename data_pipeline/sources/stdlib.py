@@ -25,19 +25,16 @@ def stdlib_files() -> list[Path]:
     )
 
 
-def tiny_corpus(num_bytes: int = 400_000) -> list[str]:
+def tiny_files(num_bytes: int = 400_000) -> list[Path]:
     """A few hundred KB of the standard library's top-level modules, for a first run without any shards.
 
-    Whole documents, in path order, until ``num_bytes`` of UTF-8 are reached.
+    In path order, until ``num_bytes`` are reached.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    documents: list[str] = []
+    files: list[Path] = []
     left = num_bytes
     for path in sorted(root.glob("*.py")):
-        if left <= 0:
-            break
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        if text:
-            documents.append(text)
-            left -= len(text.encode())
-    return documents
+        if left > 0:
+            files.append(path)
+            left -= path.stat().st_size
+    return files

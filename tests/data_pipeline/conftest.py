@@ -14,9 +14,7 @@ def write_shards(tmp_path: Path) -> Callable[..., Path]:
     return lambda documents, name="shards", **options: make_shards(tmp_path / name, documents, **options)
 
 
-def make_shards(
-    folder: Path, documents: Sequence[np.ndarray], *, num_shards: int = 1, vocab_size: int = 1000
-) -> Path:
+def make_shards(folder: Path, documents: Sequence[np.ndarray], *, num_shards: int = 1, vocab_size: int = 1000) -> Path:
     """Write documents in order, evenly over ``num_shards`` shards, with a dataset.json; returns the folder."""
     folder.mkdir(parents=True)
     dtype = "uint16" if vocab_size <= 65536 else "uint32"

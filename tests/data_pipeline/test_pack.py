@@ -12,9 +12,7 @@ from data_pipeline.reader import TokenDataset
 from tests.data_pipeline.conftest import make_shards, unique_documents
 
 
-def rebuild(
-    documents: list[np.ndarray], seq_len: int, seed: int, start: int, count: int, shuffle: bool
-) -> list[dict]:
+def rebuild(documents: list[np.ndarray], seq_len: int, seed: int, start: int, count: int, shuffle: bool) -> list[dict]:
     """The same samples by concatenating whole epochs and walking over them."""
     stream: list[tuple[int, bool]] = []
     epoch = 0

@@ -1,0 +1,97 @@
+"""The folder of a build: claimed by one process, refused to another build, published by renames."""
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.chunk import CHUNK_REJECTS, ChunkJob
+from data_pipeline.report import REJECTS, REPORT, BuildReport, count_rejects
+from data_pipeline.shards import DATASET_FILE, INDEX_SUFFIX, write_atomic
+
+WORK, TOKENIZER = ".building", "tokenizer"
+
+
+def finished(out: Path, fingerprint: dict[str, Any]) -> BuildReport | None:
+    """The report of a finished build of the same inputs and settings; None if there is no finished build."""
+    if not (out / DATASET_FILE).is_file() or not (out / REPORT).is_file():
+        return None
+    report = BuildReport.load(out / REPORT)
+    _same_build(out, report.fingerprint, fingerprint)
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    return report
+
+
+def _same_build(out: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    differ = sorted(key for key in wanted if there.get(key) != wanted[key])
+    if differ:
+        raise ValueError(f"{out}: holds a build with another {', '.join(differ)}; remove it or choose another folder")
+
+
+@contextlib.contextmanager
+def claimed(out: Path, fingerprint: dict[str, Any]) -> Iterator[Path]:
+    """Own ``out`` while building, and give its work folder; refuse a second process and what another build left."""
+    work, plan = out / WORK, out / WORK / "plan.json"
+    if out.is_dir() and any(out.iterdir()) and not work.is_dir():
+        raise ValueError(f"{out}: is not empty and holds no build; choose another folder")
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{out}: another process is building here; wait for it or choose another folder"
+            ) from error
+        if plan.is_file():
+            _same_build(out, json.loads(plan.read_text()), fingerprint)
+        else:
+            write_atomic(plan, json.dumps(fingerprint, indent=2).encode())
+        for leftover in work.glob("*.partial"):
+            shutil.rmtree(leftover)
+        yield work
+
+
+def write_rejects(out: Path, jobs: list[ChunkJob]) -> None:
+    """All chunks' bad records in one file; none when there is none."""
+    lines = b"".join((job.folder / CHUNK_REJECTS).read_bytes() for job in jobs)
+    if lines:
+        write_atomic(out / REJECTS, lines)
+
+
+def check_rejects(out: Path, chunks: list[dict[str, Any]], max_share: float, text_field: str) -> None:
+    """Raise if more than ``max_share`` of the records are bad, or nothing is left."""
+    rejects = count_rejects(chunks)
+    documents = sum(split["documents"] for chunk in chunks for split in chunk["splits"].values())
+    bad = sum(rejects.values())
+    share = bad / max(1, bad + documents)
+    if share > max_share or not documents:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.items()) or "no record at all"
+        raise ValueError(
+            f"{out}: {share:.1%} of the records are bad, at most {max_share:.1%} are allowed: {reasons} "
+            f"(text_field is {text_field!r}; each is listed in {out / REJECTS}); cure them or raise "
+            f"max_reject_share"
+        )
+
+
+def publish(out: Path, jobs: list[ChunkJob], chunks: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Give the chunks' shards their final names, numbered through; again after a kill in the middle."""
+    totals: dict[str, Counter[str]] = {}
+    for job, chunk in zip(jobs, chunks, strict=True):
+        for split, counts in chunk["splits"].items():
+            total = totals.setdefault(split, Counter())
+            for part in range(counts["shards"]):
+                source = job.folder / f"{split}-{part:05d}.tar"
+                target = out / f"{split}-{total['shards'] + part:05d}.tar"
+                for suffix in (INDEX_SUFFIX, ""):
+                    with contextlib.suppress(FileNotFoundError):
+                        source.with_name(source.name + suffix).replace(target.with_name(target.name + suffix))
+                if not target.is_file():
+                    raise FileNotFoundError(f"{source}: vanished during the build; remove {out} and build again")
+            total.update(counts)
+    if (jobs[0].folder.parent / TOKENIZER).is_dir():
+        (jobs[0].folder.parent / TOKENIZER).rename(out / TOKENIZER)
+    return {split: dict(total) for split, total in sorted(totals.items(), reverse=True)}
