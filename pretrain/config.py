@@ -59,6 +59,7 @@ class TrainConfig(Section):
     """`[train]`"""
 
     steps: int = Field(100, gt=0, description="Optimizer steps of the whole run")
+    stop_at: int = Field(0, ge=0, description="Save and leave at this step, schedule untouched; 0: at the end")
     global_batch: int = Field(16, gt=0, description="Sequences a step, over all processes")
     micro_batch: int = Field(8, gt=0, description="Sequences of one forward and backward pass of one process")
     precision: Precision = Field("bf16", description="bf16: mixed precision around fp32 parameters; or fp32")

@@ -55,8 +55,9 @@ def train(config: RunConfig, world: World) -> Position:
     dataset = open_dataset(config, ranks.on_first)
     config = with_vocabulary(config, dataset)
     held_out = open_held_out(config) if config.eval.every else None
-    if found == config.train.steps:
-        _say(world, f"{run_dir} is complete: step {found} of {config.train.steps}; raise train.steps to go on")
+    if found is not None and found >= (config.train.stop_at or config.train.steps):
+        key = "train.stop_at" if config.train.stop_at else "train.steps"
+        _say(world, f"{run_dir} is at step {found} of {config.train.steps}: nothing to do; raise {key} to go on")
         return Position(found)
 
     objective = OBJECTIVES[config.objective.name][1](config.objective)
@@ -102,10 +103,11 @@ def loop(
 ) -> None:
     """Steps until the end or a signal; evaluates and saves when due. `position` is moved along."""
     total = config.train.steps
+    last = min(config.train.stop_at or total, total)
     saved = position.step
     with stop_requests() as requested:
         stopping = torch.zeros(())
-        while position.step < total and not bool(stopping):
+        while position.step < last and not bool(stopping):
             microbatches, cursor = next(loader)
             batches = [objective.collate(batch) for batch in microbatches]
             if position.step == saved and metrics is not None:
@@ -117,7 +119,7 @@ def loop(
             if metrics is not None:
                 metrics.log(position.step, values)
             due = [every and position.step % every == 0 for every in (config.eval.every, config.checkpoint.every)]
-            if held_out is not None and (due[0] or position.step == total):
+            if held_out is not None and (due[0] or position.step == last):
                 evaluate(engine, objective, held_out, config, metrics, position.step)
             if due[1]:
                 save(store, engine, position, metrics)
@@ -125,7 +127,8 @@ def loop(
     if position.step != saved:
         save(store, engine, position, metrics)
     if position.step < total and metrics is not None:
-        metrics.print(f"stopped by a signal at step {position.step} of {total}; the same command resumes there")
+        why = "by a signal" if bool(stopping) else "as train.stop_at says,"
+        metrics.print(f"stopped {why} at step {position.step} of {total}; the same command resumes there")
 
 
 def train_step(

@@ -1,0 +1,55 @@
+# Two targets do everything on a fresh machine: `make quickstart` and `make test`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: quickstart test test-fast lint format bench gpu-check clean
+
+.venv/core: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --progress-bar on -q -c constraints.txt -e .
+	touch $@
+
+.venv/test: .venv/core
+	$(BIN)/pip install --progress-bar on -q -c constraints.txt -e '.[test]'
+	touch $@
+
+quickstart: .venv/core
+	$(BIN)/pretrain data build --input stdlib --out data/stdlib --vocab-size 4096 --held-out 0.02
+	$(BIN)/pretrain run quickstart --nproc 2 train.stop_at=150
+	$(BIN)/pretrain run quickstart --nproc 2
+	$(BIN)/pretrain checkpoint export runs/quickstart runs/quickstart/hf-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/pretrain evaluate runs/quickstart
+	$(BIN)/pretrain generate runs/quickstart 'def __init__(self' --max-new-tokens 48
+	@echo
+	@echo 'TensorBoard log: runs/quickstart/tensorboard   ($(BIN)/tensorboard --logdir runs)'
+	@echo 'Try next:'
+	@echo '  $(BIN)/pretrain report runs/quickstart                   # curves and config as one HTML page'
+	@echo '  $(BIN)/pretrain run quickstart --nproc 2 train.steps=600 # train on from the last checkpoint'
+	@echo '  $(BIN)/pretrain run tiny --explain                       # every setting and where it comes from'
+
+test: .venv/test lint
+	$(BIN)/python -m pytest tests
+
+test-fast: .venv/test
+	$(BIN)/python -m pytest tests -m 'not slow'
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/test
+	$(BIN)/python -m tests.bench
+
+gpu-check:
+	$(PYTHON) -m tests.bench.gpu_check
+
+clean:
+	rm -rf .venv data runs
