@@ -1,7 +1,7 @@
 """Optimizers: AdamW, and Muon with AdamW beside it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -170,28 +170,29 @@ def orthogonalise(matrices: list[Tensor], steps: int, dtype: torch.dtype) -> lis
     for i, matrix in enumerate(matrices):
         if isinstance(matrix, DTensor) and _is_cut(matrix):
             batches.setdefault((matrix.shape, matrix.device_mesh, matrix.placements), []).append(i)
-        elif isinstance(matrix, DTensor):
-            whole = _newton_schulz(matrix.to_local().to(dtype), steps)
-            results[i] = DTensor.from_local(
-                whole, matrix.device_mesh, matrix.placements, shape=matrix.shape, stride=matrix.stride()
-            )
         else:
-            results[i] = _newton_schulz(matrix.to(dtype), steps)
-    for (_, mesh, _), members in batches.items():
+            results[i] = _placed(_newton_schulz(_local(matrix).to(dtype), steps), matrix, matrix.shape)
+    for (shape, mesh, placements), members in batches.items():
         for start in range(0, len(members), mesh.size()):
             chunk = members[start : start + mesh.size()]
-            stacked = torch.stack([matrices[i].to(dtype) for i in chunk])
-            owned = stacked.redistribute(placements=[Shard(0)] * mesh.ndim)  # type: ignore[attr-defined]
-            done = DTensor.from_local(
-                _newton_schulz(owned.to_local(), steps),
-                mesh,
-                owned.placements,
-                shape=owned.shape,
-                stride=owned.stride(),
-            ).redistribute(placements=stacked.placements)  # type: ignore[attr-defined]
-            for i, result in zip(chunk, done.unbind(0), strict=True):
-                results[i] = result
+            # Stacked along a new last dim, so that the placements of the others stay valid as they are.
+            stack = torch.stack([_local(matrices[i]).to(dtype) for i in chunk], dim=-1)
+            like = matrices[chunk[0]]
+            owned = _placed(stack, like, (*shape, len(chunk))).redistribute(placements=[Shard(len(shape))] * mesh.ndim)
+            whole = owned.to_local().movedim(-1, 0).contiguous()
+            done = _newton_schulz(whole, steps).movedim(0, -1).contiguous()
+            back = _placed(done, owned, owned.shape).redistribute(placements=placements)
+            for i, part in zip(chunk, back.to_local().unbind(-1), strict=True):
+                results[i] = _placed(part, like, shape)
     return results
+
+
+def _placed(local: Tensor, like: Tensor, shape: Sequence[int]) -> Any:
+    """`local` as this rank's part of a tensor of `shape` placed as `like`; itself when that is no DTensor."""
+    if not isinstance(like, DTensor):
+        return local
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(local, like.device_mesh, like.placements, shape=torch.Size(shape), stride=stride)
 
 
 def _is_cut(matrix: DTensor) -> bool:
