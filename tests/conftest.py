@@ -1,0 +1,15 @@
+"""What tests of several folders share."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.data import build_tiny_shards
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards of a few hundred KB of real text, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("shards") / "tiny"
+    build_tiny_shards(folder)
+    return folder

@@ -1,0 +1,122 @@
+"""Recipes, overrides, provenance, and what wrong ones are answered with."""
+
+import json
+
+import pytest
+
+from pretrain.config import (
+    explain_origins,
+    load_run_config,
+    recipe_names,
+    recipe_schema,
+    resolve,
+    write_config,
+)
+from pretrain.models import FAMILIES
+
+PUBLISHED_PARAMETERS = {
+    "gpt2": 124_439_808,
+    "llama2-7b": 6_738_415_616,
+    "llama3-1b": 1_235_814_400,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "mistral-7b": 7_241_732_096,
+    "qwen2-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "olmo2-7b": 7_298_617_344,
+    "gemma3-1b": 999_885_952,
+    "smollm3-3b": 3_075_098_624,
+    "bench-12m": 12_587_904,
+}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_resolves(name, tmp_path):
+    config, _ = resolve(name)
+    write_config(config, tmp_path / "config.toml")
+    assert load_run_config(tmp_path) == config
+    if name in PUBLISHED_PARAMETERS:
+        assert config.model.num_parameters() == PUBLISHED_PARAMETERS[name]
+
+
+def test_overrides_win_over_recipe_over_base_and_say_so(tmp_path):
+    (tmp_path / "base.toml").write_text("[train]\nsteps = 50\nmicro_batch = 2\nglobal_batch = 4\n")
+    (tmp_path / "mine.toml").write_text('base = "base"\n[train]\nsteps = 60\n[optim]\nlr = 1e-3\n')
+    config, origins = resolve(str(tmp_path / "mine.toml"), ["optim.lr=2e-3", "run.dir=runs/with space"])
+    assert (config.train.steps, config.train.micro_batch, config.optim.lr) == (60, 2, 2e-3)
+    assert config.run.dir == "runs/with space"
+    origin = {key: where for key, _, where in explain_origins(config, origins)}
+    assert origin["train.steps"] == "recipe mine.toml"
+    assert origin["train.micro_batch"] == "recipe base.toml"
+    assert origin["optim.lr"] == "override optim.lr=2e-3"
+    assert origin["optim.betas"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", "unknown key train.stepz (did you mean train.steps?)"),
+        ("steps=3", "unknown key steps (did you mean train.steps?)"),
+        ("model.rope.thetta=1", "unknown key model.rope.thetta (did you mean model.rope.theta?)"),
+        ("train.steps=many", "train.steps = 'many': input should be a valid integer"),
+        ("model.heads=7", "model.hidden = 160 is not divisible by model.heads = 7"),
+        ("model.kv_heads=3", "model.heads = 5 is not divisible by model.kv_heads = 3"),
+        ("data.seq_len=4096", "data.seq_len = 4096 is longer than model.max_seq_len = 1024"),
+        ("train.micro_batch=3", "train.global_batch = 16 is not a multiple of train.micro_batch = 3"),
+        ("engine=jax", "engine = 'jax' is unknown: one of torch"),
+        ("eval.every=5", "eval.every is set but eval.shards is empty"),
+        ("train", "write it as key=value"),
+        ("run.dir.deeper=1", "'dir' is a value, not a section"),
+    ],
+)
+def test_a_wrong_override_is_one_clear_line(override, message):
+    with pytest.raises(ValueError, match=".") as error:
+        resolve("tiny", [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_recipe_name_or_file_is_one_clear_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="did you mean tiny"):
+        resolve("tinny")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.toml: no such file"):
+        resolve("nowhere.toml")
+    (tmp_path / "torn.toml").write_text("[train\nsteps = 1\n")
+    with pytest.raises(ValueError, match="not valid TOML"):
+        resolve(str(tmp_path / "torn.toml"))
+    (tmp_path / "a.toml").write_text('base = "b"\n')
+    (tmp_path / "b.toml").write_text('base = "a"\n')
+    with pytest.raises(ValueError, match="circle: a.toml -> b.toml -> a.toml"):
+        resolve(str(tmp_path / "a.toml"))
+
+
+def test_config_is_frozen():
+    config, _ = resolve("tiny")
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 5
+
+
+def test_schema_describes_every_key():
+    schema = recipe_schema()
+    assert "base" in schema["properties"]
+    json.dumps(schema)
+    for name, section in schema["$defs"].items():
+        if name != "Rope":  # a plain dataclass of the layers; described in its source
+            for key, field in section["properties"].items():
+                assert field.get("description"), f"{name}.{key} has no description"
+
+
+def test_families_count_their_parameters():
+    """`num_parameters`, which planning relies on, against the modules themselves."""
+    import torch
+
+    for overrides in (
+        [],
+        ["model.norm=layer", "model.positions=learned", "model.gated=false", "model.mlp_bias=true"],
+        ["model.norm_position=both", "model.qk_norm=full", "model.qkv_bias=true", "model.out_bias=true"],
+        ["model.qk_norm=head", "model.tied=false", "model.head_dim=64"],
+    ):
+        config, _ = resolve("tiny", ["model.vocab_size=100", *overrides])
+        with torch.device("meta"):
+            model = FAMILIES["decoder"].build(config.model)
+        assert config.model.num_parameters() == sum(p.numel() for p in model.parameters())

@@ -1,0 +1,209 @@
+"""Runs: exact resume, the same loss in every layout, signals, and what a run leaves behind."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from checkpoints.store import CheckpointStore
+from parallel.world import World
+from pretrain.config import RunConfig, load_run_config, resolve
+from pretrain.load import load_trained, run_tokenizer
+from pretrain.metrics import Metrics
+from pretrain.train import train
+from tests.ranks import run_ranks
+
+ALONE = World(0, 1, torch.device("cpu"))
+SMALL = [
+    "model.layers=2",
+    "model.hidden=48",
+    "model.heads=3",
+    "model.ffn=96",
+    "data.seq_len=64",
+    "train.global_batch=8",
+    "train.micro_batch=4",
+    "train.precision=fp32",
+    "train.compile=off",
+    "log.tensorboard=false",
+    "schedule.name=cosine",
+    "schedule.warmup=1",
+]
+
+
+def small_config(run_dir: Path, shards: Path, *overrides: str) -> RunConfig:
+    source = f'data.sources=[{{shards="{shards}/train-*.tar"}}]'
+    return resolve("tiny", [*SMALL, source, f"run.dir={run_dir}", *overrides])[0]
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint holds, by file and name."""
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    return {f"{f.relative_to(folder)}:{n}": t for f in folder.glob("*/*.safetensors") for n, t in load_file(f).items()}
+
+
+def assert_same_tensors(left: Path, right: Path, step: int) -> None:
+    ours, theirs = tensors(left, step), tensors(right, step)
+    assert ours.keys() == theirs.keys()
+    assert any("exp_avg_sq" in name or "momentum_buffer" in name for name in ours)
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bitwise(tmp_path, tiny_shards, optimizer, precision):
+    chosen = [f"optim.name={optimizer}", f"train.precision={precision}", "train.steps=8"]
+    train(small_config(tmp_path / "whole", tiny_shards, *chosen), ALONE)
+    train(small_config(tmp_path / "halves", tiny_shards, *chosen, "train.stop_at=4"), ALONE)
+    assert CheckpointStore(tmp_path / "halves/checkpoints").newest_whole() == 4
+    train(small_config(tmp_path / "halves", tiny_shards, *chosen, "data.prefetch=0"), ALONE)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
+    assert_same_tensors(tmp_path / "whole", tmp_path / "halves", 8)
+
+
+def _train_on_rank(config: RunConfig) -> None:
+    train(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
+
+
+@pytest.mark.slow
+def test_resume_is_bitwise_on_two_ranks(tmp_path, tiny_shards):
+    whole = small_config(tmp_path / "whole", tiny_shards, "train.steps=6")
+    run_ranks(_train_on_rank, 2, whole, timeout=120)
+    run_ranks(_train_on_rank, 2, small_config(tmp_path / "halves", tiny_shards, "train.steps=6", "train.stop_at=3"))
+    run_ranks(_train_on_rank, 2, small_config(tmp_path / "halves", tiny_shards, "train.steps=6"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
+    assert_same_tensors(tmp_path / "whole", tmp_path / "halves", 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (2, []),
+        (4, ["parallel.dp_replicate=2"]),
+        (2, ["parallel.dp_replicate=2", "parallel.dp_shard=1"]),
+        (2, ["train.recompute=full", "parallel.reshard_after_forward=false"]),
+    ],
+    ids=["fsdp2", "hsdp2x2", "replicate2", "fsdp2-recompute"],
+)
+def test_sharded_runs_have_the_loss_of_one_process(tmp_path, tiny_shards, world, layout):
+    """Gradients averaged instead of summed, or a wrong slice of the data, would show at the second step."""
+    shared = ["train.steps=4", "train.micro_batch=1"]
+    train(small_config(tmp_path / "one", tiny_shards, *shared), ALONE)
+    config = small_config(tmp_path / "many", tiny_shards, *shared, *layout)
+    run_ranks(_train_on_rank, world, config, timeout=120)
+    torch.testing.assert_close(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=2e-6, atol=0)
+    one, many = load_trained(tmp_path / "one").model, load_trained(tmp_path / "many").model
+    for (name, ours), (_, theirs) in zip(one.named_parameters(), many.named_parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    "same",
+    [["train.micro_batch=1"], ["train.micro_batch=8"], ["train.recompute=full"], ["train.recompute=selective"]],
+    ids=lambda overrides: overrides[0],
+)
+def test_accumulation_and_recomputation_change_nothing(tmp_path, tiny_shards, same):
+    train(small_config(tmp_path / "a", tiny_shards, "train.steps=3"), ALONE)
+    train(small_config(tmp_path / "b", tiny_shards, "train.steps=3", *same), ALONE)
+    torch.testing.assert_close(losses(tmp_path / "b"), losses(tmp_path / "a"), rtol=2e-6, atol=0)
+
+
+@pytest.mark.slow
+def test_compiled_run_has_the_loss_of_the_eager_one(tmp_path, tiny_shards):
+    train(small_config(tmp_path / "eager", tiny_shards, "train.steps=3"), ALONE)
+    train(small_config(tmp_path / "compiled", tiny_shards, "train.steps=3", "train.compile=on"), ALONE)
+    torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-5, atol=0)
+
+
+def test_same_seed_same_losses_other_seed_others(tmp_path, tiny_shards):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(small_config(tmp_path / name, tiny_shards, "train.steps=2", f"run.seed={seed}"), ALONE)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_a_signal_saves_and_the_same_command_resumes(tmp_path, tiny_shards, capsys, monkeypatch):
+    train(small_config(tmp_path / "whole", tiny_shards, "train.steps=6"), ALONE)
+    config = small_config(tmp_path / "stopped", tiny_shards, "train.steps=6")
+    log = Metrics.log
+
+    def signal_after_two_steps(self, step, values):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        log(self, step, values)
+
+    monkeypatch.setattr(Metrics, "log", signal_after_two_steps)
+    position = train(config, ALONE)
+    assert 2 < position.step < 6
+    assert "stopped by a signal" in capsys.readouterr().out
+    assert CheckpointStore(tmp_path / "stopped/checkpoints").newest_whole() == position.step
+    train(config, ALONE)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+    assert_same_tensors(tmp_path / "whole", tmp_path / "stopped", 6)
+
+
+def test_a_run_leaves_its_record(tmp_path, tiny_shards):
+    config = small_config(tmp_path / "run", tiny_shards, "train.steps=2", "log.tensorboard=true", "log.every=1")
+    train(config, ALONE)
+    saved = load_run_config(tmp_path / "run")
+    assert saved.model.vocab_size == 2048
+    assert saved.train == config.train
+    env = json.loads((tmp_path / "run/env.json").read_text())
+    assert env["seed"] == 1
+    assert env["packages"]["torch"] == torch.__version__
+    assert list((tmp_path / "run/tensorboard").glob("events*"))
+    tokenizer = run_tokenizer(tmp_path / "run")
+    assert tokenizer.decode(tokenizer.encode("def f(x):\n    return x")) == "def f(x):\n    return x"
+
+
+def test_held_out_loss_is_logged_and_falls(tmp_path, tiny_shards):
+    held_out = [f"eval.shards={tiny_shards}/train-*.tar", "eval.every=10", "eval.max_samples=16"]
+    train(small_config(tmp_path / "run", tiny_shards, "train.steps=20", *held_out), ALONE)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    evals = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evals] == [10, 20]
+    assert evals[1]["eval_loss"] < evals[0]["eval_loss"] < 7.7
+    assert 0 < evals[1]["eval_bits_per_byte"] < 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["run.resume=must"], FileNotFoundError, "has no whole checkpoint"),
+        (["model.vocab_size=100"], ValueError, "vocabulary"),
+        (["data.sources=[{shards='/nowhere/*.tar'}]"], FileNotFoundError, "nowhere"),
+        (["parallel.dp_shard=3"], ValueError, "need 3 processes, but 1 run"),
+        (["parallel.tp=2"], ValueError, "parallel.tp = 2: only 1 is supported so far"),
+        (["train.micro_batch=8", "train.global_batch=8", "parallel.dp_shard=0"], ValueError, "parallel.dp_shard = 0"),
+    ],
+)
+def test_a_run_that_cannot_start_says_why(tmp_path, tiny_shards, overrides, error, message):
+    with pytest.raises(error, match=message) as caught:
+        train(small_config(tmp_path / "run", tiny_shards, *overrides), ALONE)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_existing_run_is_respected(tmp_path, tiny_shards, capsys):
+    config = small_config(tmp_path / "run", tiny_shards, "train.steps=2")
+    train(config, ALONE)
+    train(config, ALONE)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds a run at step 2"):
+        train(small_config(tmp_path / "run", tiny_shards, "train.steps=4", "run.resume=never"), ALONE)
+    with pytest.raises(ValueError, match="is at step 2 already"):
+        train(small_config(tmp_path / "run", tiny_shards, "train.steps=2", "train.steps=1"), ALONE)
+    before = (tmp_path / "run/config.toml").read_text()
+    with pytest.raises(ValueError, match="does not fit this run"):
+        train(small_config(tmp_path / "run", tiny_shards, "train.steps=4", "model.ffn=80"), ALONE)
+    assert (tmp_path / "run/config.toml").read_text() == before
