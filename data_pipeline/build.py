@@ -11,8 +11,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -23,7 +21,7 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_pipeline.chunk import CHUNK_REPORT, ChunkJob, encode_chunk, inputs_hash, sample_texts, unit_hash
+from data_pipeline.chunk import CHUNK_REPORT, ChunkJob, encode_chunk, inputs_hash, sample_texts, start_worker, unit_hash
 from data_pipeline.output import TOKENIZER, check_rejects, claimed, finished, publish, write_rejects
 from data_pipeline.paths import expand_paths
 from data_pipeline.report import REPORT, BuildReport, count_rejects
@@ -193,7 +191,7 @@ def _run(jobs: list[ChunkJob], workers: int, progress: bool) -> None:
                 bar.advance(task, encode_chunk(job))
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker) as pool:
+        with ProcessPoolExecutor(min(workers, len(todo)), context, start_worker) as pool:
             futures = [pool.submit(encode_chunk, job) for job in todo]
             try:
                 for future in as_completed(futures):
@@ -201,17 +199,3 @@ def _run(jobs: list[ChunkJob], workers: int, progress: bool) -> None:
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-
-
-def _start_worker() -> None:
-    """One thread a worker, and no worker outlives a killed build."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the build itself ends them, without their tracebacks
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()

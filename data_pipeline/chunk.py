@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -44,6 +47,20 @@ class ChunkJob:
     @property
     def num_bytes(self) -> int:
         return sum(piece.num_bytes for piece in self.pieces)
+
+
+def start_worker() -> None:
+    """One thread a worker, and no worker outlives a killed build."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the build itself ends them, without their tracebacks
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def encode_chunk(job: ChunkJob) -> int:

@@ -28,6 +28,10 @@ INDEX_SUFFIX = ".idx"
 DATASET_FILE = "dataset.json"
 BLOCK = 512  # tar's unit: payloads start on a block, so the bytes of a whole shard can be viewed as tokens
 END_OF_ARCHIVE = bytes(2 * BLOCK)
+HEADER_MODE = b"0000644\0" + 2 * b"0000000\0"  # mode, user, group
+HEADER_TIME = b"00000000000\0"  # equal builds give equal bytes
+HEADER_END = b"0".ljust(101, b"\0") + b"ustar\00000".ljust(255, b"\0")  # a plain file, format version 00
+HEADER_SUM = sum(HEADER_MODE) + sum(HEADER_TIME) + sum(b" " * 8) + sum(HEADER_END)  # the checksum counts as spaces
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -156,9 +160,7 @@ class ShardWriter:
         self._member(f"{key}.json", json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode())
 
     def _member(self, name: str, payload: bytes) -> None:
-        info = tarfile.TarInfo(name)
-        info.size = len(payload)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT) + payload + bytes(-len(payload) % BLOCK))
+        self._write(tar_header(name.encode(), len(payload)) + payload + bytes(-len(payload) % BLOCK))
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -189,6 +191,15 @@ class ShardWriter:
         else:
             self._file.close()
             self._partial.unlink(missing_ok=True)
+
+
+def tar_header(name: bytes, size: int) -> bytes:
+    """The POSIX ustar header of a file of ``size`` bytes; much faster than tarfile's, as short documents need."""
+    if len(name) > 100 or size >= 8**11:
+        raise ValueError(f"tar member {name!r} of {size} bytes: names have at most 100 bytes, files less than 8 GiB")
+    length = b"%011o\0" % size
+    checksum = b"%06o\0 " % (HEADER_SUM + sum(name) + sum(length))
+    return b"".join((name.ljust(100, b"\0"), HEADER_MODE, length, HEADER_TIME, checksum, HEADER_END))
 
 
 def make_index(rows: list[tuple[int, int, int]], keys: list[str], **facts: Any) -> ShardIndex:

@@ -11,7 +11,7 @@ import pytest
 import webdataset
 
 from data_pipeline.reader import TokenDataset
-from data_pipeline.shards import ShardIndex, ShardWriter, verify_shard
+from data_pipeline.shards import ShardIndex, ShardWriter, tar_header, verify_shard
 from tests.data_pipeline.conftest import make_shards, unique_documents
 
 
@@ -162,3 +162,19 @@ def test_failed_write_leaves_nothing(tmp_path) -> None:
 def test_token_beyond_the_dtype_is_refused_not_wrapped(tmp_path) -> None:
     with pytest.raises(ValueError, match="70000"), ShardWriter(tmp_path / "a.tar", "uint16") as writer:
         writer.add("1", np.array([70_000]), {}, text_bytes=3)
+
+
+@pytest.mark.parametrize(("name", "size"), [("a.tokens", 5), ("x" * 100, 8**11 - 1), ("ü.json", 0)])
+def test_headers_are_tarfiles(name, size) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    header = tar_header(name.encode(), size)
+    assert len(header) == 512
+    read = tarfile.TarInfo.frombuf(header, "utf-8", "strict")  # checks the checksum
+    assert (read.name, read.size, read.mode, read.mtime, read.isreg()) == (name, size, 0o644, 0, True)
+
+
+@pytest.mark.parametrize(("name", "size"), [("x" * 101, 5), ("a", 8**11)])
+def test_headers_that_do_not_fit_are_refused(name, size) -> None:
+    with pytest.raises(ValueError, match="at most 100 bytes"):
+        tar_header(name.encode(), size)
