@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_pipeline.build import TrainTokenizer
 from data_pipeline.build import build as build_shards
-from data_pipeline.inspect import inspect as inspect_shards
+from data_pipeline.inspection import inspect_shards
 from data_pipeline.sources.stdlib import stdlib_files
 
 
