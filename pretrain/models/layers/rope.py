@@ -68,8 +68,10 @@ def cos_sin(rope: Rope, positions: Tensor, head_dim: int) -> tuple[Tensor, Tenso
     """positions [B, S] int -> cos, sin [B, S, 1, head_dim / 2] fp32."""
     angles = positions[..., None].float() * inverse_frequencies(rope, head_dim, positions.device)
     scale = 1.0
-    if rope.scaling == "yarn":
-        scale = rope.attention_factor or 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+    if rope.scaling == "yarn" and rope.attention_factor is not None:
+        scale = rope.attention_factor
+    elif rope.scaling == "yarn" and rope.factor > 1:
+        scale = 0.1 * math.log(rope.factor) + 1.0
     return (angles.cos() * scale)[..., None, :], (angles.sin() * scale)[..., None, :]
 
 
