@@ -1,0 +1,286 @@
+"""Whole models between our checkpoints and Hugging Face folders, one row of the table at a time.
+
+export:  checkpoint  ->  .tmp-export-<out>/ (weights, config, tokenizer)  ->  proof  ->  rename to <out>/
+import:  folder      ->  .tmp-step-00000000/ (weights, state, manifest)   ->  rename to step-00000000/
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints.collective import CheckpointError, explain
+from checkpoints.hf.brand import Brand, Config
+from checkpoints.hf.folder import Kept, check_tokenizer, copy_tokenizer, read_config, write_config
+from checkpoints.hf.ops import Shapes, Step, bind, first_few, match
+from checkpoints.manifest import (
+    MANIFEST,
+    PARTS,
+    STATE,
+    FileEntry,
+    Manifest,
+    Progress,
+    TensorEntry,
+    checksum,
+    fsync_folder,
+    write_durably,
+)
+from checkpoints.shards import dtype_name
+from checkpoints.tensors import (
+    INDEX,
+    SINGLE,
+    TensorFiles,
+    TensorInfo,
+    TensorWriter,
+    open_checkpoint,
+    open_hf,
+    parse_size,
+    split_files,
+)
+
+IMPORT_FILE_SIZE = "50GB"
+Prove = Callable[[Path], None]  # raises ValueError where the exported folder is not the native model
+
+
+def export(
+    checkpoint: Path,
+    config: Config,
+    shapes: Shapes,
+    brand: Brand,
+    out: Path,
+    *,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+    shard_size: str = "5GB",
+    kept: Kept | None = None,
+    prove: Prove | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a checkpoint's model as the Hugging Face folder `out`, which must not exist or be empty.
+
+    config: the native model's. shapes: of its tensors, tied ones once. tokenizer: folder whose tokenizer files come
+    along. dtype: of floating-point weights; None keeps them as saved. shard_size: largest file, such as "5GB".
+    kept: what the model's import had kept. prove: called with the folder before it gets its name; an error of it, or
+    any other, leaves nothing behind. progress: called with the number of bytes just converted.
+
+    Memory stays below two of the largest tensors. Raises ValueError or FileNotFoundError, one line.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty: export into a new folder")
+    max_bytes = parse_size(shard_size)
+    source = open_checkpoint(checkpoint)
+    check_shapes(source, shapes, "use the config that it was trained with")
+    steps = bind(brand.tensors, shapes)
+    infos = {
+        name: TensorInfo(shape, target_dtype(source.infos[step.native[0]].dtype, dtype))
+        for step in steps
+        for name, shape in zip(step.hf, step.hf_shapes, strict=True)
+    }
+    common = Counter[torch.dtype]()
+    for info in infos.values():
+        common[info.dtype] += info.num_bytes
+    with _new_folder(out) as temp:
+        write_config(temp, brand, config, common.most_common(1)[0][0], kept, tokenizer)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, temp)
+            check_tokenizer(temp, config["vocab_size"])
+        with TensorWriter(temp, *_hf_layout(temp, infos, max_bytes)) as writer:
+            for step in steps:
+                for name, tensor in zip(step.hf, step.row.to_hf(read_native(source, step, dtype)), strict=True):
+                    writer.write(name, tensor)
+                if progress is not None:
+                    progress(sum(source.infos[name].num_bytes for name in step.native))
+        if prove is not None:
+            prove(temp)
+
+
+@dataclass(frozen=True)
+class HfModel:
+    """A Hugging Face folder that has been looked at: nothing but headers and config has been read."""
+
+    folder: Path
+    brand: Brand
+    config: Config  # of the native model
+    kept: Kept
+    tensors: TensorFiles
+
+
+def look_at(folder: Path, brands: dict[str, Brand]) -> HfModel:
+    """The brand and native config of a Hugging Face folder. Raises FileNotFoundError or ValueError, one line."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: give that of a Hugging Face model")
+    brand, config, kept = read_config(folder, brands)
+    tensors = open_hf(folder)
+    head, embedding = _tied_names(brand)
+    if config["tied"] and head in tensors and embedding in tensors and not _same(tensors, head, embedding):
+        config = {**config, "tied": False}  # transformers believes the file, not the config
+    return HfModel(folder, brand, config, kept, tensors)
+
+
+def import_(
+    model: HfModel, shapes: Shapes, ties: dict[str, str], checkpoints: Path, *, progress: Progress | None = None
+) -> Path:
+    """Write a Hugging Face model as the checkpoint of step 0 in the folder `checkpoints`, without optimizer state.
+
+    shapes: of the native model's tensors, tied ones once; ties: other name -> the name it is stored under. Types stay
+    as in the files. Returns the checkpoint's folder. Raises ValueError: a tensor that is missing, one too many, or of
+    another shape.
+    """
+    steps = bind(model.brand.tensors, shapes)
+    names = match_names(model, steps, ties)
+    infos = {
+        name: TensorInfo(shape, model.tensors.infos[names[step.hf[0]]].dtype)
+        for step in steps
+        for name, shape in zip(step.native, step.native_shapes, strict=True)
+    }
+    parts = split_files(infos, parse_size(IMPORT_FILE_SIZE))
+    layout = {f"rank-{index:05d}.safetensors": part for index, part in enumerate(parts)}
+    final = checkpoints / "step-00000000"
+    with _new_folder(final, f".tmp-{final.name}") as temp:
+        for part in PARTS:
+            (temp / part).mkdir()
+        with TensorWriter(
+            temp / "model", layout, {file: _dcp_metadata(part) for file, part in layout.items()}
+        ) as writer:
+            for step in steps:
+                tensors = [model.tensors.read(names[name]) for name in step.hf]
+                for name, tensor in zip(
+                    step.native, step.row.to_native(tensors, list(step.native_shapes)), strict=True
+                ):
+                    writer.write(name, tensor)
+                if progress is not None:
+                    progress(sum(tensor.nbytes for tensor in tensors))
+        _write_manifest(temp, infos, ties, [f"model/{file}" for file in layout])
+    return final
+
+
+def match_names(model: HfModel, steps: list[Step], ties: dict[str, str]) -> dict[str, str]:
+    """Name that `save_pretrained` writes -> name in the files, for every tensor that the steps ask for."""
+    brand, tensors = model.brand, model.tensors
+    bare = not any(name.startswith(brand.prefix) for name in tensors)
+    wanted = {name: shape for step in steps for name, shape in zip(step.hf, step.hf_shapes, strict=True)}
+    names = {name: name.removeprefix(brand.prefix) if bare else name for name in wanted}
+    if missing := [name for name in wanted if names[name] not in tensors]:
+        raise ValueError(f"{model.folder} lacks the tensor {first_few(missing)}: download it again")
+    full = {(brand.prefix + name if bare else name): name for name in tensors if name not in names.values()}
+    head, _ = _tied_names(brand)
+    needless = brand.ignored + ((head,) if ties else ())
+    extra = [
+        name
+        for named, name in full.items()
+        if not any(match(t, n) is not None for t in needless for n in (named, name))
+    ]
+    if extra:
+        raise ValueError(f"{model.folder} has the tensor {first_few(extra)}, which its config does not ask for")
+    for name, shape in wanted.items():
+        if (found := tensors.infos[names[name]].shape) != shape:
+            raise ValueError(
+                f"{model.folder}: tensor '{name}' has shape {list(found)}, but its config asks for {list(shape)}"
+            )
+    return names
+
+
+def check_shapes(files: TensorFiles, shapes: Shapes, cure: str) -> None:
+    """Raises ValueError unless `files` hold exactly these tensors."""
+    if missing := [name for name in shapes if name not in files]:
+        raise ValueError(f"{files.where} lacks the tensor {first_few(missing)}: {cure}")
+    if extra := [name for name in files if name not in shapes]:
+        raise ValueError(f"{files.where} has the tensor {first_few(extra)}, which the model lacks: {cure}")
+    for name, shape in shapes.items():
+        if (found := files.infos[name].shape) != shape:
+            raise ValueError(
+                f"{files.where}: tensor '{name}' has shape {list(found)}, but the model's is {list(shape)}: {cure}"
+            )
+
+
+def target_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and dtype.is_floating_point else dtype
+
+
+def read_native(source: TensorFiles, step: Step, dtype: torch.dtype | None) -> list[Tensor]:
+    """The native tensors of a step, in the type that they are exported in."""
+    tensors = (source.read(name) for name in step.native)
+    return [tensor.to(target_dtype(tensor.dtype, dtype)) for tensor in tensors]
+
+
+def _tied_names(brand: Brand) -> tuple[str, str]:
+    """What the brand calls the head's and the embedding's weights."""
+    names = {row.native: row.hf[0] for row in brand.tensors}
+    return names["head.weight",], names["embed.weight",]
+
+
+def _same(tensors: TensorFiles, one: str, other: str) -> bool:
+    return tensors.infos[one] == tensors.infos[other] and torch.equal(tensors.read(one), tensors.read(other))
+
+
+def _hf_layout(
+    folder: Path, infos: dict[str, TensorInfo], max_bytes: int
+) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, dict[str, str]]]:
+    """Files and their header texts; writes the index where there are several."""
+    parts = split_files(infos, max_bytes)
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}, {SINGLE: {"format": "pt"}}
+    files = {f"model-{index:05d}-of-{len(parts):05d}.safetensors": part for index, part in enumerate(parts, 1)}
+    index = {
+        "metadata": {
+            "total_parameters": sum(info.num_bytes // info.dtype.itemsize for info in infos.values()),
+            "total_size": sum(info.num_bytes for info in infos.values()),
+        },
+        "weight_map": {name: file for file, part in files.items() for name in part},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return files, {file: {"format": "pt"} for file in files}
+
+
+def _dcp_metadata(tensors: dict[str, TensorInfo]) -> dict[str, str]:
+    """The header texts of a file that holds whole tensors, for `torch.distributed.checkpoint`."""
+    offsets = {name: {"saved_offsets": [0] * len(info.shape)} for name, info in tensors.items()}
+    return {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
+
+
+def _write_manifest(folder: Path, infos: dict[str, TensorInfo], ties: dict[str, str], files: list[str]) -> None:
+    entries = {name: FileEntry((folder / name).stat().st_size, checksum(folder / name)) for name in files}
+    entries[STATE] = write_durably(folder / STATE, json.dumps({"step": 0, "ranks": [None]}, indent=1).encode())
+    tensors = {name: TensorEntry(list(info.shape), dtype_name(info.dtype)) for name, info in infos.items()}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest = Manifest(0, created, {"model": tensors, "optimizer": {}}, ties, entries)
+    write_durably(folder / MANIFEST, manifest.encode())
+    for part in PARTS:
+        fsync_folder(folder / part)
+
+
+@contextmanager
+def _new_folder(final: Path, temp_name: str | None = None) -> Iterator[Path]:
+    """A folder that gets the name `final` once its content is whole, and is gone if anything fails before."""
+    temp = final.parent / (temp_name or f".tmp-export-{final.name}")
+    shutil.rmtree(temp, ignore_errors=True)  # left by a killed process
+    temp.mkdir(parents=True)
+    try:
+        yield temp
+        for path in temp.iterdir():
+            if path.is_file():
+                _fsync(path)
+        fsync_folder(temp)
+        temp.rename(final)
+        fsync_folder(final.parent)
+    except BaseException as error:
+        shutil.rmtree(temp, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise CheckpointError(f"{final} was not written: {explain(error)[1]}") from error
+        raise
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

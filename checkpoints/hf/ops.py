@@ -1,0 +1,130 @@
+"""Conversion of tensors as data: rows that say how native tensors stand in a Hugging Face file.
+
+A row reads both ways: `to_hf` and `to_native` come from the same row, so that a mapping is stated once. Names are
+templates over the layer, `layers.{i}.mlp.up.weight`; a row stands for all layers that have its native tensors.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Row(Protocol):
+    """native, hf: the names (templates) on each side. Tensors come and go in their order."""
+
+    @property
+    def native(self) -> tuple[str, ...]: ...
+    @property
+    def hf(self) -> tuple[str, ...]: ...
+    def to_hf(self, tensors: list[Tensor]) -> list[Tensor]: ...
+    def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        """shapes: of the native tensors."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rename:
+    """The same tensor under another name; `transpose` where Hugging Face stores a weight as [in, out]."""
+
+    native_name: str
+    hf_name: str
+    transpose: bool = False
+
+    @property
+    def native(self) -> tuple[str, ...]:
+        return (self.native_name,)
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.hf_name,)
+
+    def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [_flip(tensors[0], self.transpose)]
+
+    def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        return [_flip(tensors[0], self.transpose)]
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Several native tensors as blocks of one, joined along the native dim 0; `transpose` after joining."""
+
+    native: tuple[str, ...]
+    hf_name: str
+    transpose: bool = False
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.hf_name,)
+
+    def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [_flip(torch.cat(tensors), self.transpose)]
+
+    def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        blocks = _flip(tensors[0], self.transpose).split([shape[0] for shape in shapes])
+        return [block.contiguous() for block in blocks]
+
+
+def _flip(tensor: Tensor, transpose: bool) -> Tensor:
+    return tensor.t().contiguous() if transpose else tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """A row for one layer: the names it reads and writes, and the shapes they must have."""
+
+    row: Row
+    native: tuple[str, ...]
+    hf: tuple[str, ...]
+    native_shapes: tuple[tuple[int, ...], ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+
+
+def bind(rows: Iterable[Row], shapes: Shapes) -> list[Step]:
+    """The steps that convert a model with these native tensors, in the table's order within a layer.
+
+    Raises ValueError (a table that is wrong for this model) unless every native tensor is in exactly one step and
+    every Hugging Face name is written once.
+    """
+    steps: list[Step] = []
+    for row in rows:
+        keys = {key for template in row.native for name in shapes if (key := match(template, name)) is not None}
+        for key in keys:
+            native = tuple(template.format(i=key) for template in row.native)
+            if absent := [name for name in native if name not in shapes]:
+                raise ValueError(f"conversion table: '{native[0]}' comes with '{absent[0]}', which the model lacks")
+            meta = [torch.empty(shapes[name], device="meta") for name in native]
+            hf_shapes = tuple(tuple(tensor.shape) for tensor in row.to_hf(meta))
+            hf = tuple(template.format(i=key) for template in row.hf)
+            steps.append(Step(row, native, hf, tuple(shapes[name] for name in native), hf_shapes))
+    _check_once([name for step in steps for name in step.native], "native tensor")
+    _check_once([name for step in steps for name in step.hf], "Hugging Face tensor")
+    if left := shapes.keys() - {name for step in steps for name in step.native}:
+        raise ValueError(f"conversion table: it has no row for {first_few(sorted(left))}")
+    order = {name: place for place, name in enumerate(shapes)}
+    return sorted(steps, key=lambda step: order[step.native[0]])
+
+
+def match(template: str, name: str) -> str | None:
+    """What `{i}` stands for where `name` fits `template` ("" for a template without it), else None."""
+    found = re.fullmatch(re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)", 1), name)
+    return None if found is None else found.groupdict().get("i", "")
+
+
+def first_few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"'{name}'" for name in names[:3]) + more
+
+
+def _check_once(names: list[str], what: str) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"conversion table: {what} '{name}' is in two rows")
+        seen.add(name)

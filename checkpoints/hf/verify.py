@@ -1,0 +1,151 @@
+"""Proof that an exported folder is the native model: its tensors bit for bit, its logits as transformers gets them."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints.hf.brand import Brand
+from checkpoints.hf.convert import read_native
+from checkpoints.hf.ops import Shapes, bind, first_few
+from checkpoints.manifest import Progress
+from checkpoints.tensors import open_checkpoint, open_hf
+
+TOLERANCE = 1e-4  # of the largest logit: far above fp32 rounding (1e-6), far below tanh instead of erf in a GELU
+LOCATE = 1e-5  # of the largest activation: where the paths begin to part
+NUM_TOKENS = 256  # of the batch that both models see
+
+
+class NotEqual(ValueError):
+    """An export that is not the model it came from."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a model does with a batch: logits [B, S, V]; states: input of the first block, output of each, [B, S, E]."""
+
+    logits: Tensor
+    states: list[Tensor]
+
+
+Native = Callable[[Tensor], Trace]  # tokens [B, S] -> what the native model does with them, in fp32
+
+
+def prove_tensors(
+    checkpoint: Path,
+    shapes: Shapes,
+    brand: Brand,
+    out: Path,
+    dtype: torch.dtype | None,
+    progress: Progress | None = None,
+) -> int:
+    """Import every tensor of `out` back and compare it with the checkpoint's bit for bit; returns their number.
+
+    Logits cannot see all of a model (a key bias without RoPE shifts every score alike). One tensor at a time.
+    Raises NotEqual, naming the first tensor that differs.
+    """
+    source, exported = open_checkpoint(checkpoint), open_hf(out)
+    steps = bind(brand.tensors, shapes)
+    if strays := exported.infos.keys() - {name for step in steps for name in step.hf}:
+        raise NotEqual(f"{out.name} has the tensor {first_few(sorted(strays))} that nothing was converted to")
+    for step in steps:
+        theirs = step.row.to_native([exported.read(name) for name in step.hf], list(step.native_shapes))
+        for name, ours, back in zip(step.native, read_native(source, step, dtype), theirs, strict=True):
+            if ours.dtype != back.dtype or not torch.equal(_bits(ours), _bits(back)):
+                raise NotEqual(f"tensor '{name}' is another one after exporting it and importing it back")
+        if progress is not None:
+            progress(sum(source.infos[name].num_bytes for name in step.native))
+    return sum(len(step.native) for step in steps)
+
+
+def prove_logits(out: Path, native: Native, vocab_size: int, max_seq_len: int) -> float:
+    """Load `out` with transformers and compare its fp32 logits with the native model's; returns the largest difference.
+
+    Both see the same NUM_TOKENS tokens (fewer where sequences are shorter), without padding. Needs the memory of one
+    fp32 model at a time. Raises NotEqual, naming the first block whose output differs.
+    """
+    length = min(NUM_TOKENS, max_seq_len)
+    tokens = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours = native(tokens)
+        theirs = run_transformers(out, tokens, num_blocks=len(ours.states) - 1)
+    error = largest_difference(ours.logits, theirs.logits)
+    if not error <= TOLERANCE * max(largest(ours.logits), largest(theirs.logits)):  # NaN fails too
+        raise NotEqual(
+            f"logits differ by {error:.2e} (largest logit {largest(ours.logits):.2e}) from transformers'; "
+            f"{first_divergence(ours, theirs)}"
+        )
+    return error
+
+
+def run_transformers(folder: Path, tokens: Tensor, num_blocks: int) -> Trace:
+    """What `AutoModelForCausalLM` makes of a folder and these tokens [B, S], in fp32.
+
+    Raises NotEqual where transformers misses a tensor, finds one too many, or refuses the folder.
+    """
+    from transformers import AutoModelForCausalLM  # imports slowly
+
+    with _quiet():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            raise NotEqual(f"transformers cannot load the export: {' '.join(str(error).split())}") from error
+    model, loading = loaded
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in loading[what]):
+            raise NotEqual(f"transformers loads the export with {what.replace('_', ' ')}: {first_few(names)}")
+    blocks = find_blocks(model, num_blocks)
+    states: list[Tensor] = []
+    blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0].clone()))
+    for block in blocks:
+        block.register_forward_hook(lambda _, args, out: states.append(out if isinstance(out, Tensor) else out[0]))
+    return Trace(model.eval()(input_ids=tokens, use_cache=False).logits, states)
+
+
+def find_blocks(model: nn.Module, num_blocks: int) -> nn.ModuleList:
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_blocks:
+            return module
+    raise NotEqual(f"the model that transformers builds has no list of {num_blocks} blocks")
+
+
+def first_divergence(ours: Trace, theirs: Trace) -> str:
+    """Where, in words, the states of two models begin to differ."""
+    for index, (one, other) in enumerate(zip(ours.states, theirs.states, strict=True)):
+        error = largest_difference(one, other)
+        if not error <= LOCATE * largest(one):
+            where = f"block {index - 1} is the first whose output differs" if index else "the embedding differs already"
+            return f"{where} (by {error:.2e})"
+    return "all blocks agree: the final norm or the head differs"
+
+
+def largest(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    return largest(one.float() - other.float())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@contextmanager
+def _quiet() -> Any:
+    """No progress bar from transformers: ours is there already."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

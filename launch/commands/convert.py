@@ -1,0 +1,196 @@
+"""pretrain checkpoint export, import"""
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from checkpoints.hf import convert
+from checkpoints.hf.brand import Brand, choose_brand
+from checkpoints.hf.folder import TOKENIZER_FILES, Kept, copy_tokenizer
+from checkpoints.hf.ops import Shapes
+from checkpoints.hf.verify import Trace, prove_logits, prove_tensors
+from checkpoints.manifest import MANIFEST, Manifest
+from checkpoints.store import CheckpointStore
+from parallel.materialise import named_tensors
+from pretrain.config import load_run_config, validate, write_config
+from pretrain.load import build_model
+from pretrain.models import FAMILIES
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KEPT = "huggingface.json"  # in a run's folder: what its import had kept
+SECONDS_WITHOUT_BAR = 2
+Advance = Callable[[int], None]
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a run's checkpoint as a Hugging Face folder, and prove it equal before it gets its name."""
+    run_dir, checkpoint = find_checkpoint(Path(args.run), args.step)
+    config = load_run_config(run_dir).model
+    shapes, _ = native_tensors(config)
+    kept = Kept.load(run_dir / KEPT) if (run_dir / KEPT).is_file() else None
+    native = config.model_dump(mode="json")
+    brand = pick_brand(config, native, args.brand, kept)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    tokenizer = run_dir / "tokenizer"
+    num_bytes = sum(entry.bytes for name, entry in Manifest.read(checkpoint).files.items() if name.startswith("model/"))
+    out = Path(args.out)
+    console = Console(soft_wrap=True, highlight=False)
+    lines: list[str] = []
+
+    with progress_bar(console) as bar:
+
+        def prove(folder: Path) -> None:
+            count = prove_tensors(checkpoint, shapes, brand, folder, dtype, bar("comparing tensors", num_bytes))
+            lines.append(f"{count} tensors came back bit for bit")
+            if args.no_verify_logits:
+                lines.append("logits were not compared (--no-verify-logits)")
+                return
+            bar("comparing logits", None)
+            error = prove_logits(
+                folder,
+                lambda tokens: run_native(config, checkpoint, tokens, dtype),
+                config.vocab_size,
+                config.max_seq_len,
+            )
+            lines.append(f"fp32 logits equal transformers': largest difference {error:.1e}")
+
+        convert.export(
+            checkpoint,
+            native,
+            shapes,
+            brand,
+            out,
+            tokenizer=tokenizer if has_tokenizer(tokenizer) else None,
+            dtype=dtype,
+            shard_size=args.shard_size,
+            kept=kept,
+            prove=prove,
+            progress=bar("writing", num_bytes),
+        )
+    console.print(f"exported {checkpoint} to {out} as {brand.model_type}: {'; '.join(lines)}")
+
+
+def import_(args: argparse.Namespace) -> None:
+    """Make a run out of a Hugging Face folder: config, tokenizer, and a checkpoint of step 0 without optimizer."""
+    folder, run_dir = Path(args.model), Path(args.run)
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ValueError(f"{run_dir} exists and is not empty: import into a new folder")
+    brands = {name: brand for family in FAMILIES.values() for name, brand in family.hf.items()}
+    model = convert.look_at(folder, brands)
+    max_seq_len = model.config["max_seq_len"]
+    tree = {"run": {"dir": str(run_dir)}, "model": model.config, "data": {"seq_len": min(512, max_seq_len)}}
+    config = validate(tree, str(folder))
+    shapes, ties = native_tensors(config.model)
+    existed = run_dir.exists()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with progress_bar(Console()) as bar:
+            convert.import_(
+                model, shapes, ties, run_dir / "checkpoints", progress=bar("importing", model.tensors.num_bytes)
+            )
+        copy_tokenizer(folder, run_dir / "tokenizer")
+        model.kept.save(run_dir / KEPT)
+        write_config(config, run_dir / "config.toml")
+    except BaseException:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        if existed:
+            run_dir.mkdir()
+        raise
+    print(f"imported {folder} ({model.brand.model_type}, {len(shapes)} tensors) as the run {run_dir}, at step 0")
+
+
+def find_checkpoint(path: Path, step: int | None) -> tuple[Path, Path]:
+    """(run folder, checkpoint folder) for a run's folder or a checkpoint's.
+
+    Without `step`, a run's newest whole checkpoint. Raises FileNotFoundError or ValueError.
+    """
+    if (path / MANIFEST).is_file():
+        if step is not None:
+            raise ValueError(
+                f"--step {step}: {path} is one checkpoint already; leave --step out, or give the run's folder"
+            )
+        return path.resolve().parent.parent, path
+    folder = path / "checkpoints"
+    store = CheckpointStore(folder)
+    found = store.newest_whole() if step is None else step
+    if found is None:
+        raise FileNotFoundError(f"{folder} has no whole checkpoint; give the folder of a run")
+    for info in store.list():
+        if info.step == found:
+            if info.problem:
+                raise ValueError(f"step {found} is not whole: {info.problem}; use another --step")
+            return path, info.path
+    raise FileNotFoundError(f"{path} has no checkpoint of step {found}; see `pretrain checkpoint list {path}`")
+
+
+def pick_brand(config: Any, native: dict[str, Any], wanted: str | None, kept: Kept | None) -> Brand:
+    """`wanted`; else the brand that the run was imported from, if it still fits; else the first that fits."""
+    brands = FAMILIES[config.family].hf
+    if wanted is None and kept is not None and kept.brand in brands:
+        try:
+            return choose_brand(brands, native, kept.brand)
+        except ValueError:
+            pass
+    return choose_brand(brands, native, wanted)
+
+
+def native_tensors(config: Any) -> tuple[Shapes, dict[str, str]]:
+    """Shapes of the native model's tensors, each storage once, and its ties; nothing is allocated."""
+    with torch.device("meta"):
+        model = FAMILIES[config.family].build(config)
+    tensors, ties = named_tensors(model)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, ties
+
+
+@torch.inference_mode()
+def run_native(config: Any, checkpoint: Path, tokens: Tensor, dtype: torch.dtype | None) -> Trace:
+    """The native model's logits and states in fp32, from weights as the store loads them, rounded to `dtype`."""
+    model = build_model(config).eval()
+    tensors, _ = named_tensors(model)
+    CheckpointStore(checkpoint.parent).load(checkpoint, {name: tensor.detach() for name, tensor in tensors.items()})
+    if dtype is not None:
+        for tensor in tensors.values():
+            tensor.copy_(tensor.to(dtype))
+    blocks = list(model.layers.values())
+    states: list[Tensor] = []
+    blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0].clone()))
+    for block in blocks:
+        block.register_forward_hook(lambda _, args, out: states.append(out))
+    return Trace(model.logits(model(tokens)), states)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[str, int | None], Advance]]:
+    """Start a part with `bar(description, bytes)`, move it with what that gives; shown once 2 s have passed."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    begin = time.monotonic()
+
+    def start(description: str, total: int | None) -> Advance:
+        task = progress.add_task(description, total=total)
+
+        def advance(count: int) -> None:
+            progress.advance(task, count)
+            if time.monotonic() - begin > SECONDS_WITHOUT_BAR:
+                progress.start()
+
+        advance(0)
+        return advance
+
+    try:
+        yield start
+    finally:
+        progress.stop()
