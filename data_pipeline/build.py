@@ -30,7 +30,7 @@ from data_pipeline.sources.text import Piece, plan_pieces
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 MIN_CHUNK = 1 << 20
-CHUNKS_OF_A_SMALL_CORPUS = 16  # so that a few workers end together
+CHUNKS_OF_A_SMALL_CORPUS = 32  # so that a few workers end together
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_REPORT, CHUNK_REJECTS = "report.json", "rejects.jsonl"
 SAMPLE_PLACES = 20
-BATCH_LETTERS = 1 << 19  # text given to the tokenizer at a time
+BATCH_LETTERS = 1 << 15  # text given to the tokenizer at a time: small, so that its results stay in the cache
 
 
 @dataclass(frozen=True)
