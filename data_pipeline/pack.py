@@ -1,11 +1,11 @@
 """Documents as an endless stream of packed training samples, a pure function of (seed, global sample index).
 
     epoch e:   documents in the order of (seed, e), end to end:   aaaa|bbbbbbb|cc|ddddd...   T tokens
-    stream:    epoch 0, epoch 1, ... for ever
-    sample i:  stream tokens i*S to i*S + S (one more than S: the last one is only a target)
+    pieces:    cut every S tokens; the last one runs on into the epoch's first document
+    sample i:  epoch i // n, piece permuted(i % n) of its n: neighbours in a batch come from all over the corpus
 
-Finding a sample is one binary search in the epoch's cumulative lengths: nothing is scanned, nothing is
-remembered.
+Finding a sample is a few hashes and one binary search in the epoch's cumulative lengths: nothing is scanned,
+nothing is remembered.
 """
 
 from typing import NamedTuple, Protocol
@@ -14,13 +14,12 @@ import numpy as np
 
 from data_pipeline.reader import TokenDataset
 
+PIECES_AT_ONCE = 4096  # places of the sample permutation computed together
 IGNORED = -100  # target of a position that no loss is taken at, as torch's cross_entropy has it
 
 
 class Samples(NamedTuple):
-    """Packed samples: B of them, S tokens each. All arrays are fresh, but ``tokens`` rows overlap by their
-    last token.
-    """
+    """Packed samples: B of them, S tokens each, in fresh arrays."""
 
     tokens: np.ndarray  # int64 [B, S + 1]
     targets: np.ndarray  # int64 [B, S]; the next token, IGNORED at the last token of a document
@@ -42,72 +41,124 @@ class TokenStream:
 
     Args:
         seq_len: S, tokens of a sample.
-        shuffle: permute the documents anew each epoch; else their order is the dataset's.
+        shuffle: permute documents and samples anew each epoch; else their order is the dataset's.
+
+    Attributes:
+        num_samples: n, samples of one epoch. Each token is a target once, or twice in the last sample's overhang.
     """
 
     def __init__(self, dataset: TokenDataset, *, seq_len: int, seed: int = 0, shuffle: bool = True) -> None:
         if seq_len < 1:
             raise ValueError(f"seq_len {seq_len}: must be at least 1")
         self.dataset, self.seq_len, self.seed, self.shuffle = dataset, seq_len, seed, shuffle
+        self.num_samples = max(1, -(-(dataset.num_tokens - 1) // seq_len))
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of one epoch, the last one (partly from the next epoch) counted."""
-        return -(-(self.dataset.num_tokens - 1) // self.seq_len)
+        self._pieces: dict[tuple[int, int], np.ndarray] = {}
 
     def read(self, start: int, count: int) -> Samples:
         """Samples ``start`` to ``start + count - 1`` of the stream."""
         if start < 0 or count < 1:
             raise ValueError(f"samples {start} to {start + count - 1}: start must be 0 or more, count 1 or more")
-        size, seq_len = count * self.seq_len, self.seq_len
+        seq_len, size = self.seq_len, count * self.seq_len
         # One block for all: several large ones are returned to the system and faulted in again, at 5 times the cost.
-        block = np.empty(3 * size + 1, np.int64)
-        flat, targets = block[: size + 1], block[size + 1 : 2 * size + 1]
-        positions, documents = block[2 * size + 1 :].view(np.int32).reshape(2, size)
-        starts = self._fill(start * seq_len, flat)
-        targets[:] = flat[1:]
-        targets[starts[starts > 0] - 1] = IGNORED
+        block = np.empty(3 * size + count, np.int64)
+        tokens = block[: size + count].reshape(count, seq_len + 1)
+        targets = block[size + count : 2 * size + count].reshape(count, seq_len)
+        positions, documents = block[2 * size + count :].view(np.int32).reshape(2, size)
+        rows, columns = self._fill(start, tokens)
+        targets[:] = tokens[:, 1:]
+        inside = columns > 0
+        targets[rows[inside], columns[inside] - 1] = IGNORED
 
-        rows = np.arange(0, size, seq_len)
-        bounds = np.union1d(rows, starts[starts < size])
+        row_starts = np.arange(0, size, seq_len)
+        inside &= columns < seq_len
+        bounds = np.union1d(row_starts, rows[inside] * seq_len + columns[inside])
         lengths = np.diff(bounds, append=size)
-        ordinals = np.arange(len(bounds)) - np.searchsorted(bounds, rows)[bounds // seq_len]
+        ordinals = np.arange(len(bounds)) - np.searchsorted(bounds, row_starts)[bounds // seq_len]
         documents[:] = np.repeat(ordinals.astype(np.int32), lengths)
         np.subtract(np.arange(size, dtype=np.int32), np.repeat(bounds.astype(np.int32), lengths), out=positions)
-
-        step = flat.strides[0]
-        tokens = np.lib.stride_tricks.as_strided(flat, (count, seq_len + 1), (seq_len * step, step))
         shape = (count, seq_len)
-        return Samples(tokens, targets.reshape(shape), positions.reshape(shape), documents.reshape(shape))
+        return Samples(tokens, targets, positions.reshape(shape), documents.reshape(shape))
 
-    def _fill(self, first: int, flat: np.ndarray) -> np.ndarray:
-        """Write the stream's tokens from ``first`` on; returns where in ``flat`` a document starts."""
-        num_tokens, done, starts = self.dataset.num_tokens, 0, []
-        while done < len(flat):
-            epoch, offset = divmod(first + done, num_tokens)
-            stop = min(offset + len(flat) - done, num_tokens)
+    def _fill(self, start: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Write the samples from ``start`` on into ``tokens`` [B, S + 1]; returns rows and columns where documents
+        begin.
+        """
+        done, width, found = 0, tokens.shape[1], []
+        while done < len(tokens):
+            epoch, first = divmod(start + done, self.num_samples)
+            count = min(len(tokens) - done, self.num_samples - first)
             order, ends = self._epoch(epoch)
-            low, high = np.searchsorted(ends, [offset, stop - 1], side="right")
-            documents = order[low : high + 1]
-            begins = ends[low : high + 1] - self.dataset.lengths[documents]
-            inner = np.maximum(begins, offset)
-            lengths = np.minimum(ends[low : high + 1], stop) - inner
-            self.dataset.gather(documents, inner - begins, lengths, flat[done : done + stop - offset])
-            starts.append((begins - offset + done)[(begins >= offset) & (lengths > 0)])
-            done += stop - offset
-        return np.concatenate(starts)
+            offsets = self._shuffled(epoch, first, count) * self.seq_len
+            low = np.searchsorted(ends, offsets, side="right")
+            spans = np.searchsorted(ends, offsets + (width - 1), side="right") - low + 1
+            rows = np.repeat(np.arange(count), spans)
+            places = np.arange(len(rows)) + (low - np.cumsum(spans) + spans)[rows]
+            documents = order[places]
+            begins = ends[places] - self.dataset.lengths[documents]
+            inner = np.maximum(begins, offsets[rows])
+            lengths = np.minimum(ends[places], offsets[rows] + width) - inner
+            self.dataset.gather(documents, inner - begins, lengths, tokens[done : done + count].reshape(-1))
+            new = (begins >= offsets[rows]) & (lengths > 0)
+            found.append((rows[new] + done, (begins - offsets[rows])[new]))
+            done += count
+        return np.concatenate([rows for rows, _ in found]), np.concatenate([columns for _, columns in found])
+
+    def _shuffled(self, epoch: int, first: int, count: int) -> np.ndarray:
+        """Pieces of the epoch that its samples ``first`` to ``first + count - 1`` are."""
+        if not self.shuffle:
+            return np.arange(first, first + count)
+        wanted = range(first // PIECES_AT_ONCE, (first + count - 1) // PIECES_AT_ONCE + 1)
+        self._pieces = {
+            (epoch, part): self._pieces[epoch, part]
+            if (epoch, part) in self._pieces
+            else permuted(
+                np.arange(part * PIECES_AT_ONCE, min((part + 1) * PIECES_AT_ONCE, self.num_samples)),
+                self.num_samples,
+                self.seed,
+                epoch,
+            )
+            for part in wanted
+        }
+        pieces = np.concatenate([self._pieces[epoch, part] for part in wanted])
+        return pieces[first - wanted.start * PIECES_AT_ONCE :][:count]
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's documents in order, and where each ends in its tokens: a cache, not a state."""
+        """The epoch's documents in order, and where each ends in its tokens: a cache, not a state.
+
+        The first documents come again at the end, as far as the last sample reaches.
+        """
         cached = self._epochs.get(epoch)
         if cached is None:
             count = self.dataset.num_documents
             order = permutation(count, self.seed, epoch) if self.shuffle else np.arange(count)
+            ends = np.cumsum(self.dataset.lengths[order])
+            whole, rest = divmod(self.num_samples * self.seq_len + 1 - self.dataset.num_tokens, self.dataset.num_tokens)
+            order = np.resize(order, (whole + 1) * count + int(np.searchsorted(ends, rest)) + 1)
             cached = order, np.cumsum(self.dataset.lengths[order])
             kept = {key: value for key, value in self._epochs.items() if key == epoch - 1}
             self._epochs = {**kept, epoch: cached}
         return cached
+
+
+def permuted(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a pseudo-random permutation of range(size) takes each ``index`` [k] int64; no table of it is made.
+
+    A Feistel network over the next even number of bits; what lands outside walks on until it is inside (Black &
+    Rogaway 2002).
+    """
+    half = max(1, (int(size - 1).bit_length() + 1) // 2)
+    low, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    value, outside = index.astype(np.uint64), np.ones(len(index), bool)
+    with np.errstate(over="ignore"):
+        keys = [_salt(seed, epoch) + np.uint64(number) for number in range(1, 5)]
+        while outside.any():
+            left, right = value[outside] >> shift, value[outside] & low
+            for key in keys:
+                left, right = right, left ^ (_mix(right + key) & low)
+            value[outside] = (left << shift) | right
+            outside = value >= np.uint64(size)
+    return value.astype(np.int64)
 
 
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
@@ -116,8 +167,12 @@ def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     numpy promises no stable stream for its own shuffles across versions; resumes need one.
     """
     with np.errstate(over="ignore"):
-        salt = _mix(_mix(np.uint64(seed % (1 << 64)) + np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(epoch))
-        return np.argsort(_mix(np.arange(size, dtype=np.uint64) + salt), kind="stable")
+        return np.argsort(_mix(np.arange(size, dtype=np.uint64) + _salt(seed, epoch)), kind="stable")
+
+
+def _salt(seed: int, epoch: int) -> np.uint64:
+    with np.errstate(over="ignore"):
+        return np.uint64(_mix(_mix(np.uint64(seed % (1 << 64)) + np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(epoch)))
 
 
 def _mix(value: np.ndarray | np.uint64) -> np.ndarray | np.uint64:

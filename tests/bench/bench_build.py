@@ -81,8 +81,8 @@ def main() -> None:
         base = medians["bare encode_batch_fast"]
         for label, (wall, cpu) in medians.items():
             print(
-                f"{label:<24} {megabytes / wall:6.2f} MB/s, ratio {base[0] / wall:.2f}; {megabytes / cpu:6.2f} MB a CPU "
-                f"second, ratio {base[1] / cpu:.2f}"
+                f"{label:<24} {megabytes / wall:6.2f} MB/s, ratio {base[0] / wall:.2f}; {megabytes / cpu:6.2f} MB a "
+                f"CPU second, ratio {base[1] / cpu:.2f}"
             )
 
 

@@ -78,7 +78,7 @@ def test_batches_have_the_promised_shapes_and_dtypes(stream) -> None:
     dtypes = dict(zip(NAMES, (torch.int64, torch.int64, torch.int32, torch.int32), strict=True))
     for batch in batches:
         assert {name: value.dtype for name, value in batch.items()} == dtypes
-        assert all(value.shape == (3, 16) and value.is_contiguous() for value in batch.values())
+        assert all(value.shape == (3, 16) for value in batch.values())
 
 
 def test_changing_a_batch_changes_no_other(stream) -> None:

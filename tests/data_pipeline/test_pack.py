@@ -7,23 +7,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.pack import IGNORED, TokenStream, permutation
+from data_pipeline.pack import IGNORED, TokenStream, permutation, permuted
 from data_pipeline.reader import TokenDataset
 from tests.data_pipeline.conftest import make_shards, unique_documents
 
 
 def rebuild(documents: list[np.ndarray], seq_len: int, seed: int, start: int, count: int, shuffle: bool) -> list[dict]:
-    """The same samples by concatenating whole epochs and walking over them."""
-    stream: list[tuple[int, bool]] = []
-    epoch = 0
-    while len(stream) < (start + count) * seq_len + 1:
-        order = permutation(len(documents), seed, epoch) if shuffle else range(len(documents))
-        for index in order:
-            stream += [(int(token), place == 0) for place, token in enumerate(documents[index])]
-        epoch += 1
+    """The same samples by laying out whole epochs and walking over them."""
     rows = []
+    total = sum(map(len, documents))
+    per_epoch = max(1, -(-(total - 1) // seq_len))
     for sample in range(start, start + count):
-        part = stream[sample * seq_len : (sample + 1) * seq_len + 1]
+        epoch, place = divmod(sample, per_epoch)
+        order = permutation(len(documents), seed, epoch) if shuffle else range(len(documents))
+        once = [(int(t), at == 0) for index in order for at, t in enumerate(documents[index])]
+        stream = once * (2 + seq_len // total)
+        if shuffle:
+            place = int(permuted(np.array([place]), per_epoch, seed, epoch)[0])
+        part = stream[place * seq_len : (place + 1) * seq_len + 1]
         tokens = [token for token, _ in part]
         targets = [IGNORED if first else token for token, first in part[1:]]
         positions, ordinals, position, ordinal = [], [], -1, 0
@@ -62,9 +63,11 @@ def test_every_epoch_holds_every_token_once_in_another_order(write_shards) -> No
     folder = write_shards(unique_documents([7, 1, 30, 4, 18] * 4), num_shards=3)
     dataset = TokenDataset(folder / "train-*.tar")
     stream = TokenStream(dataset, seq_len=1, seed=5)
-    epochs = [stream.read(epoch * 240, 240).tokens[:, 0] for epoch in range(3)]
+    assert stream.num_samples == 239  # the first token is no target
+    epochs = [stream.read(epoch * 239, 239).tokens for epoch in range(3)]
     for tokens in epochs:
-        assert sorted(tokens) == list(range(240))
+        assert len(set(tokens[:, 0])) == len(set(tokens[:, 1])) == 239
+        assert set(tokens.flat) == set(range(240))
     assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
 
 
@@ -77,11 +80,35 @@ def test_seed_changes_order_and_far_samples_need_no_scan(write_shards) -> None:
     assert (far.read(10**9, 2).tokens == first.read(10**9, 2).tokens).all()
 
 
+def test_samples_of_a_batch_come_from_all_over_the_corpus(write_shards) -> None:
+    """One document far longer than the others must not fill whole batches."""
+    dataset = TokenDataset(write_shards(unique_documents([900, *[1] * 99])) / "train-*.tar")
+    samples = TokenStream(dataset, seq_len=2, seed=3).read(0, 100)
+    neighbours = np.abs(np.diff(samples.tokens[:, 0])) <= 4
+    assert neighbours.mean() < 0.1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 1000, 4097])
+def test_permuted_is_a_permutation_in_any_slices(size) -> None:
+    whole = permuted(np.arange(size), size, 7, 3)
+    assert sorted(whole) == list(range(size))
+    for part in np.array_split(np.arange(size), 3):
+        assert (permuted(part, size, 7, 3) == whole[part]).all()
+    if size > 100:
+        assert (whole != permuted(np.arange(size), size, 7, 4)).any()
+        assert abs(np.corrcoef(whole, np.arange(size))[0, 1]) < 0.1
+
+
+def test_permuted_never_changes() -> None:
+    assert permuted(np.arange(8), 8, 1, 0).tolist() == PINNED_PIECES, "the order of every existing run would change"
+
+
 def test_permutation_is_one_and_never_changes() -> None:
     assert sorted(permutation(1000, 7, 3)) == list(range(1000))
     assert permutation(8, 1, 0).tolist() == PINNED, "the order of every existing run would change"
 
 
+PINNED_PIECES = [2, 1, 5, 3, 0, 4, 7, 6]
 PINNED = [0, 1, 4, 3, 7, 2, 6, 5]
 
 
