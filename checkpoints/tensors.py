@@ -127,12 +127,12 @@ def open_hf(folder: Path) -> TensorFiles:
     if (folder / INDEX).is_file():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            strays = [name for name in names if Path(name).name != name]
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{folder / INDEX} is damaged: download it again") from None
-        paths = [folder / name for name in names]
-        strays = [name for name in names if not isinstance(name, str) or Path(name).name != name]
         if strays:
             raise ValueError(f"{folder / INDEX} names {strays[0]!r}: only files in the same folder are read")
+        paths = [folder / name for name in names]
     else:
         paths = [folder / SINGLE]
     for path in paths:

@@ -1,6 +1,6 @@
 """Whole models between our checkpoints and Hugging Face folders, one row of the table at a time.
 
-export:  checkpoint  ->  .tmp-export-<out>/ (weights, config, tokenizer)  ->  proof  ->  rename to <out>/
+export:  checkpoint  ->  .tmp-<out>/ (weights, config, tokenizer)  ->  proof  ->  rename to <out>/
 import:  folder      ->  .tmp-step-00000000/ (weights, state, manifest)   ->  rename to step-00000000/
 """
 
@@ -73,8 +73,6 @@ def export(
 
     Memory stays below two of the largest tensors. Raises ValueError or FileNotFoundError, one line.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty: export into a new folder")
     max_bytes = parse_size(shard_size)
     source = open_checkpoint(checkpoint)
     check_shapes(source, shapes, "use the config that it was trained with")
@@ -87,15 +85,14 @@ def export(
     common = Counter[torch.dtype]()
     for info in infos.values():
         common[info.dtype] += info.num_bytes
-    with _new_folder(out) as temp:
+    with new_folder(out) as temp:
         write_config(temp, brand, config, common.most_common(1)[0][0], kept, tokenizer)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, temp)
             check_tokenizer(temp, config["vocab_size"])
         with TensorWriter(temp, *_hf_layout(temp, infos, max_bytes)) as writer:
             for step in steps:
-                for name, tensor in zip(step.hf, step.row.to_hf(read_native(source, step, dtype)), strict=True):
-                    writer.write(name, tensor)
+                _export_step(source, step, dtype, writer)
                 if progress is not None:
                     progress(sum(source.infos[name].num_bytes for name in step.native))
         if prove is not None:
@@ -144,20 +141,16 @@ def import_(
     parts = split_files(infos, parse_size(IMPORT_FILE_SIZE))
     layout = {f"rank-{index:05d}.safetensors": part for index, part in enumerate(parts)}
     final = checkpoints / "step-00000000"
-    with _new_folder(final, f".tmp-{final.name}") as temp:
+    with new_folder(final) as temp:
         for part in PARTS:
             (temp / part).mkdir()
         with TensorWriter(
             temp / "model", layout, {file: _dcp_metadata(part) for file, part in layout.items()}
         ) as writer:
             for step in steps:
-                tensors = [model.tensors.read(names[name]) for name in step.hf]
-                for name, tensor in zip(
-                    step.native, step.row.to_native(tensors, list(step.native_shapes)), strict=True
-                ):
-                    writer.write(name, tensor)
+                _import_step(model.tensors, step, names, writer)
                 if progress is not None:
-                    progress(sum(tensor.nbytes for tensor in tensors))
+                    progress(sum(model.tensors.infos[names[name]].num_bytes for name in step.hf))
         _write_manifest(temp, infos, ties, [f"model/{file}" for file in layout])
     return final
 
@@ -211,6 +204,18 @@ def read_native(source: TensorFiles, step: Step, dtype: torch.dtype | None) -> l
     return [tensor.to(target_dtype(tensor.dtype, dtype)) for tensor in tensors]
 
 
+# Functions of their own, so that a step's tensors are gone before the next one's come.
+def _export_step(source: TensorFiles, step: Step, dtype: torch.dtype | None, writer: TensorWriter) -> None:
+    for name, tensor in zip(step.hf, step.row.to_hf(read_native(source, step, dtype)), strict=True):
+        writer.write(name, tensor)
+
+
+def _import_step(source: TensorFiles, step: Step, names: dict[str, str], writer: TensorWriter) -> None:
+    tensors = [source.read(names[name]) for name in step.hf]
+    for name, tensor in zip(step.native, step.row.to_native(tensors, list(step.native_shapes)), strict=True):
+        writer.write(name, tensor)
+
+
 def _tied_names(brand: Brand) -> tuple[str, str]:
     """What the brand calls the head's and the embedding's weights."""
     names = {row.native: row.hf[0] for row in brand.tensors}
@@ -258,9 +263,15 @@ def _write_manifest(folder: Path, infos: dict[str, TensorInfo], ties: dict[str, 
 
 
 @contextmanager
-def _new_folder(final: Path, temp_name: str | None = None) -> Iterator[Path]:
-    """A folder that gets the name `final` once its content is whole, and is gone if anything fails before."""
-    temp = final.parent / (temp_name or f".tmp-export-{final.name}")
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder that gets the name `final` once its content is whole, and is gone if anything fails before.
+
+    Raises ValueError where `final` exists and is not empty, CheckpointError for what the system refuses.
+    """
+    final = final.absolute()
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise ValueError(f"{final} exists and is not empty: give a new folder")
+    temp = final.parent / f".tmp-{final.name}"
     shutil.rmtree(temp, ignore_errors=True)  # left by a killed process
     temp.mkdir(parents=True)
     try:

@@ -1,7 +1,6 @@
 """pretrain checkpoint export, import"""
 
 import argparse
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,29 +81,19 @@ def export(args: argparse.Namespace) -> None:
 def import_(args: argparse.Namespace) -> None:
     """Make a run out of a Hugging Face folder: config, tokenizer, and a checkpoint of step 0 without optimizer."""
     folder, run_dir = Path(args.model), Path(args.run)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise ValueError(f"{run_dir} exists and is not empty: import into a new folder")
     brands = {name: brand for family in FAMILIES.values() for name, brand in family.hf.items()}
-    model = convert.look_at(folder, brands)
-    max_seq_len = model.config["max_seq_len"]
-    tree = {"run": {"dir": str(run_dir)}, "model": model.config, "data": {"seq_len": min(512, max_seq_len)}}
-    config = validate(tree, str(folder))
-    shapes, ties = native_tensors(config.model)
-    existed = run_dir.exists()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+    with convert.new_folder(run_dir) as temp:
+        model = convert.look_at(folder, brands)
+        seq_len = min(512, model.config["max_seq_len"])
+        tree = {"run": {"dir": str(run_dir)}, "model": model.config, "data": {"seq_len": seq_len}}
+        config = validate(tree, str(folder))
+        shapes, ties = native_tensors(config.model)
         with progress_bar(Console()) as bar:
-            convert.import_(
-                model, shapes, ties, run_dir / "checkpoints", progress=bar("importing", model.tensors.num_bytes)
-            )
-        copy_tokenizer(folder, run_dir / "tokenizer")
-        model.kept.save(run_dir / KEPT)
-        write_config(config, run_dir / "config.toml")
-    except BaseException:
-        shutil.rmtree(run_dir, ignore_errors=True)
-        if existed:
-            run_dir.mkdir()
-        raise
+            advance = bar("importing", model.tensors.num_bytes)
+            convert.import_(model, shapes, ties, temp / "checkpoints", progress=advance)
+        copy_tokenizer(folder, temp / "tokenizer")
+        model.kept.save(temp / KEPT)
+        write_config(config, temp / "config.toml")
     print(f"imported {folder} ({model.brand.model_type}, {len(shapes)} tensors) as the run {run_dir}, at step 0")
 
 
