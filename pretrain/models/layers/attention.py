@@ -20,10 +20,22 @@ __all__ = ["BACKENDS", "AttentionMask", "attention", "choose_backend", "prepare_
 HALF = (torch.bfloat16, torch.float16)
 FLASH_HEAD_DIM = 256  # the largest that the flash kernels take
 
-# Longest sequence at which compiled matmul attention beats SDPA on a CPU, and shortest at which `document` beats
-# matmul under packed documents (PLACEHOLDER)
-CPU_MATMUL_TOKENS = {torch.bfloat16: 1024, torch.float32: 512}
-CPU_DOCUMENT_TOKENS = 1024
+# The most queries at which `matmul` is taken on a CPU: against `sdpa` under a full or causal mask, and against
+# `document` under documents or a window. Measured by tests/bench/bench_attention.py --cpu-time (torch 2.13, AVX-512
+# with bf16, compiled, forward and backward of 4096 tokens, documents of a quarter row; CPU ms of one thread):
+#
+#     sequence                    512   1024   2048   4096                  512   1024   2048   4096
+#     bf16 causal      sdpa       107    158    224    414   fp32           122    188    305    542
+#                      matmul      35     61    106    226                   95    158    332    741
+#     bf16 documents   matmul      35     57    109    233   fp32            94    161    314    617
+#                      document    78    101    167    344                   51     97    211    443
+#     bf16 window 256  matmul      43     48     73    120   fp32           100    115      -    309
+#                      document   103    124    131    132                  104    125      -    136
+#
+# bf16 stops at 2048 though matmul still leads: it keeps all S x T weights for the backward, 120 MiB a row and layer
+# at 4096 with 6 heads.
+CPU_MATMUL_DENSE = {torch.bfloat16: 2048, torch.float32: 1024}
+CPU_MATMUL_SPARSE = {torch.bfloat16: 2048, torch.float32: 256}
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,15 +207,14 @@ def _choose(call: Call) -> tuple[str, str]:
 
 def _choose_cpu(call: Call) -> tuple[str, str]:
     mask, S = call.mask, call.queries
-    sparse = mask.documents is not None or (mask.window is not None and 4 * mask.window <= S)
-    if sparse and S >= CPU_DOCUMENT_TOKENS and _document_obstacle(call) is None:
-        return "document", f"documents or a narrow window, {S} tokens: computes only what is seen"
     if call.softcap is not None:
         return "matmul", "softcap, which sdpa lacks"
-    limit = CPU_MATMUL_TOKENS.get(call.dtype, 0)
+    sparse = mask.documents is not None or mask.window is not None
+    rival = "document" if sparse and _document_obstacle(call) is None else "sdpa"
+    limit = (CPU_MATMUL_SPARSE if rival == "document" else CPU_MATMUL_DENSE).get(call.dtype, 0)
     if call.queries <= limit:
-        return "matmul", f"CPU, {S} queries: up to {limit} batched matmul beats sdpa"
-    return "sdpa", f"CPU, {S} queries: over {limit} sdpa beats batched matmul"
+        return "matmul", f"CPU, {S} queries: up to {limit} it beats {rival}"
+    return rival, f"CPU, {S} queries: over {limit} it beats matmul in time or memory"
 
 
 def _choose_cuda(call: Call) -> tuple[str, str]:

@@ -265,7 +265,9 @@ def test_auto_on_cpu() -> None:
     packed, bf16 = AttentionMask.packed(long_documents), torch.bfloat16
     assert choose(AttentionMask(), "cpu", bf16, 512) == "matmul"
     assert choose(AttentionMask(), "cpu", torch.float32, 4096) == "sdpa"
+    assert choose(packed, "cpu", bf16, 512) == "matmul"
     assert choose(packed, "cpu", bf16, 4096) == "document"
+    assert choose(packed, "cpu", torch.float32, 512) == "document"
     assert choose(AttentionMask(window=128), "cpu", bf16, 4096) == "document"
     assert choose(AttentionMask(), "cpu", torch.float32, 4096, softcap=50.0) == "matmul"
 
