@@ -7,7 +7,7 @@ from typing import Any
 
 from data_pipeline.reader import TokenDataset
 from data_pipeline.build import TrainTokenizer, build
-from data_pipeline.sources.stdlib import stdlib_files
+from data_pipeline.sources.stdlib import tiny_files
 from pretrain.config import RunConfig
 
 OnFirst = Callable[[Callable[[], Any]], Any]  # runs an action on rank 0 alone, while the others wait
@@ -26,8 +26,7 @@ def open_dataset(config: RunConfig, on_first: OnFirst) -> TokenDataset:
 
 def build_tiny_shards(folder: Path) -> None:
     """A few hundred KB of Python's own library, for a first run without any data."""
-    tokenizer = TrainTokenizer(vocab_size=2048)
-    build(stdlib_files(), folder, tokenizer=tokenizer, limit_bytes=400_000, workers=1, max_reject_share=1.0, progress=False)
+    build(tiny_files(), folder, tokenizer=TrainTokenizer(vocab_size=2048), workers=1, progress=False)
 
 
 def open_held_out(config: RunConfig) -> TokenDataset:

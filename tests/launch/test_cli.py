@@ -1,0 +1,206 @@
+"""The command line as a user meets it: real processes, exit codes, one-line errors."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoints.store import CheckpointStore
+
+COMMAND = [sys.executable, "-m", "launch.cli"]
+SMALL = [
+    "model.layers=2",
+    "model.hidden=48",
+    "model.heads=3",
+    "model.ffn=96",
+    "data.seq_len=64",
+    "train.global_batch=8",
+    "train.micro_batch=4",
+    "train.compile=off",
+    "log.tensorboard=false",
+    "schedule.name=cosine",
+    "schedule.warmup=1",
+]
+
+
+def pretrain(*arguments: str, timeout: float = 120, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=timeout, env=environment, check=False, **options
+    )
+
+
+def small_run(folder: Path, shards: Path, *overrides: str) -> list[str]:
+    return ["run", "tiny", *SMALL, f'data.sources=[{{shards="{shards}/train-*.tar"}}]', f"run.dir={folder}", *overrides]
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("pretrain: error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_help_is_quick_and_lists_what_exists():
+    start = time.perf_counter()
+    done = pretrain("--help")
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0
+    for command in ("run", "data", "checkpoint", "generate", "evaluate", "report", "doctor", "schema"):
+        assert f"\n    {command}" in done.stdout
+    assert "submit" not in done.stdout  # comes with a later part
+    assert seconds < 0.4 or min(_seconds_of_help() for _ in range(3)) < 0.4
+
+
+def _seconds_of_help() -> float:
+    start = time.perf_counter()
+    pretrain("--help")
+    return time.perf_counter() - start
+
+
+def test_explain_says_where_each_key_comes_from():
+    done = pretrain("run", "tiny", "train.steps=33", "--explain", "optim.lr=0.5")
+    assert done.returncode == 0
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert rows["train.steps"].endswith("33" + rows["train.steps"].split("33", 1)[1])
+    assert "override train.steps=33" in rows["train.steps"]
+    assert "override optim.lr=0.5" in rows["optim.lr"]
+    assert "recipe tiny.toml" in rows["model.hidden"]
+    assert rows["data.prefetch"].endswith("default")
+
+
+def test_schema_is_json(tmp_path):
+    assert pretrain("schema", str(tmp_path / "schema.json")).returncode == 0
+    schema = json.loads((tmp_path / "schema.json").read_text())
+    assert "train" in schema["properties"]
+
+
+def test_doctor_tells_the_machine():
+    done = pretrain("doctor")
+    assert done.returncode == 0
+    assert "torch.compile" in done.stdout and "attention at 512" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "tiny", "train.stepz=3"], ["unknown key train.stepz", "did you mean train.steps?"]),
+        (["run", "tini"], ["recipe 'tini' is unknown", "did you mean tiny?"]),
+        (["run", "tiny", "--nproc", "0"], ["--nproc 0: must be at least 1"]),
+        (["checkpoint", "list", "/nowhere"], ["/nowhere/checkpoints: no checkpoints there"]),
+        (["checkpoint", "verify", "/nowhere"], ["no checkpoints there"]),
+        (["generate", "/nowhere", "x"], ["/nowhere is not a run", "config.toml is missing"]),
+        (["report", "/nowhere"], ["/nowhere"]),
+        (["data", "build", "--input", "/nowhere/*.txt", "--out", "x"], ["/nowhere/*.txt"]),
+        (["data", "inspect", "/nowhere/*.tar"], ["/nowhere/*.tar"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, tmp_path):
+    assert_one_line_error(pretrain(*arguments, cwd=tmp_path), *words)
+
+
+def test_debug_shows_the_traceback():
+    done = pretrain("--debug", "run", "tini", "--explain")
+    assert done.returncode not in (0, 2)
+    assert "Traceback" in done.stderr
+
+
+def test_unknown_options_are_not_taken_for_overrides():
+    done = pretrain("run", "tiny", "--stepz", "3")
+    assert done.returncode == 2
+    assert "unrecognized arguments" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_stop_on_sigterm_and_resume(tmp_path, tiny_shards):
+    arguments = small_run(tmp_path / "run", tiny_shards, "train.steps=400", "checkpoint.every=1000", "--nproc", "2")
+    started = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    output, _ = started.communicate(timeout=90)
+    assert started.returncode == 0, output
+    assert "stopped by a signal" in output and "the same command resumes there" in output
+    stopped = CheckpointStore(tmp_path / "run/checkpoints").newest_whole()
+    assert stopped is not None and 3 < stopped < 400
+    done = pretrain(*arguments, f"train.stop_at={stopped + 3}")
+    assert done.returncode == 0, done.stderr
+    assert f"resuming {tmp_path / 'run'} at step {stopped}" in done.stdout
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, stopped + 4))
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_and_is_named(tmp_path, tiny_shards):
+    arguments = small_run(tmp_path / "run", tiny_shards, "train.steps=100000", "--nproc", "2")
+    started = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 1):
+        time.sleep(0.1)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    output, _ = started.communicate(timeout=60)
+    assert started.returncode == 1
+    assert "rank 1 of 2 died (signal 9)" in output
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, tiny_shards):
+    """RLIMIT_FSIZE stands for the full disk: any file past it fails to be written."""
+    arguments = small_run(tmp_path / "run", tiny_shards, "train.steps=4", "checkpoint.every=2")
+    assert pretrain(*arguments, "train.stop_at=2").returncode == 0
+
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = pretrain(*arguments, preexec_fn=small_files)
+    assert_one_line_error(done, "step 4 was not saved", "earlier checkpoints are untouched")
+    store = CheckpointStore(tmp_path / "run/checkpoints")
+    assert store.newest_whole() == 2
+    assert store.verify(2) == []
+    done = pretrain(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert store.newest_whole() == 4
+
+
+def test_results_of_a_run(tmp_path, tiny_shards):
+    """generate, evaluate, report, checkpoint list and verify on one real run."""
+    run = str(tmp_path / "run with space")
+    assert pretrain(*small_run(Path(run), tiny_shards, "train.steps=3")).returncode == 0
+    first = pretrain("generate", run, "def main(", "--max-new-tokens", "8")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("def main(")
+    assert pretrain("generate", run, "def main(", "--max-new-tokens", "8").stdout == first.stdout
+    evaluated = pretrain("evaluate", run, f"eval.shards={tiny_shards}/train-*.tar", "eval.max_samples=8")
+    assert "eval_loss" in evaluated.stdout and "eval_bits_per_byte" in evaluated.stdout
+    assert_one_line_error(pretrain("evaluate", run), "eval.shards is not set")
+    assert pretrain("report", run).returncode == 0
+    assert "<svg" in (Path(run) / "report.html").read_text()
+    assert "whole" in pretrain("checkpoint", "list", run).stdout
+    assert pretrain("checkpoint", "verify", run).returncode == 0
+    weights = next((Path(run) / "checkpoints/step-00000003/model").glob("*.safetensors"))
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    done = pretrain("checkpoint", "verify", run)
+    assert done.returncode == 1
+    assert weights.name in done.stdout
+    weights.unlink()
+    assert_one_line_error(pretrain("generate", run, "x"), "no whole checkpoint")
