@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from checkpoints.hf.brand import TOKENS, Brand, Config
 from checkpoints.shards import dtype_name
@@ -16,6 +17,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+SAMPLE = "The 12 foxes' naïve  plan:\n\tif x >= 3.14:  return 'done', 100% 日本 😀\n"
 
 
 @dataclass(frozen=True)
@@ -110,16 +113,29 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Raises ValueError unless transformers loads the folder's tokenizer and the model knows all of its tokens."""
+    """Raises ValueError unless transformers loads the folder's tokenizer, and the model knows all of its tokens.
+
+    For some architectures (Qwen2) transformers puts a class of its own in place of the generic one that the folder
+    asks for, and splits text differently: that is found here, not by whoever uses the model.
+    """
     from transformers import AutoTokenizer
 
     try:
-        size = len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # many types, the tokenizers library's bare Exception among them
         raise ValueError(f"tokenizer: transformers cannot load it: {' '.join(str(error).split())}") from error
-    if size > vocab_size:
+    if len(loaded) > vocab_size:
         raise ValueError(
-            f"tokenizer: it has {size} tokens, but model.vocab_size = {vocab_size}; use the model's own tokenizer"
+            f"tokenizer: it has {len(loaded)} tokens, but model.vocab_size = {vocab_size}; use the model's own"
+        )
+    declared = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    if declared.get("tokenizer_class") not in GENERIC or not (folder / "tokenizer.json").is_file():
+        return
+    ours = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(SAMPLE, add_special_tokens=False).ids
+    if loaded.encode(SAMPLE, add_special_tokens=False) != ours:
+        raise ValueError(
+            f"tokenizer: for this architecture transformers loads it as {type(loaded).__name__} and gets other tokens; "
+            "export as another --brand, or move the run's tokenizer folder away to export without it"
         )
 
 

@@ -66,7 +66,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert not (back / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3", "olmo2", "gemma3", "smollm3", "gpt2"])
 def test_tokenizer_comes_along_and_greedy_tokens_agree(name: str, tmp_path: Path) -> None:
     theirs, run, back = save_model(CASES[name], tmp_path / "hf"), tmp_path / "run", tmp_path / "back"
     tokenizer = tiny_tokenizer()
@@ -83,6 +83,15 @@ def test_tokenizer_comes_along_and_greedy_tokens_agree(name: str, tmp_path: Path
     native = load_trained(run).model
     ours = list(generate(native, torch.from_numpy(prompt), max_new_tokens=20))
     assert ours == expected[0, len(prompt) :].tolist()
+
+
+def test_a_tokenizer_that_transformers_would_replace_is_refused(tmp_path: Path) -> None:
+    theirs = save_model(CASES["qwen2"], tmp_path / "hf")
+    tiny_tokenizer().save(theirs)
+    checkpoint_command("import", theirs, tmp_path / "run")
+    with pytest.raises(ValueError, match="loads it as Qwen2Tokenizer and gets other tokens"):
+        checkpoint_command("export", tmp_path / "run", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -102,7 +111,7 @@ def test_every_recipe_has_a_brand_whose_table_fits(recipe: str) -> None:
         ({"norm": "layer"}, "model.norm = 'layer'"),
         ({"attention_softcap": 50.0}, "model.attention_softcap = 50.0"),
         ({"positions": "learned"}, "model.positions = 'learned'"),
-        ({"pattern": ("sliding", "nope"), "window": 8}, "model.pattern, at layer 1, = 'nope'"),
+        ({"pattern": ("sliding", "nope"), "window": 8, "qkv_bias": True}, "model.pattern, at layer 1, = 'nope'"),
     ],
 )
 def test_what_no_brand_expresses_says_why(change: dict, key: str) -> None:
