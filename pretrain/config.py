@@ -8,7 +8,7 @@ import tomllib
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -97,8 +97,12 @@ def _union(types: list[Any], discriminator: str) -> Any:
     return types[0] if len(types) == 1 else Annotated[reduce(or_, types), Field(discriminator=discriminator)]
 
 
-AnyModelConfig = _union([family.config for family in FAMILIES.values()], "family")
-AnyObjectiveConfig = _union([config for config, _ in OBJECTIVES.values()], "name")
+if TYPE_CHECKING:
+    AnyModelConfig = Any
+    AnyObjectiveConfig = Any
+else:
+    AnyModelConfig = _union([family.config for family in FAMILIES.values()], "family")
+    AnyObjectiveConfig = _union([config for config, _ in OBJECTIVES.values()], "name")
 
 
 class RunConfig(Section):

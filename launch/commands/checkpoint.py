@@ -1,6 +1,7 @@
 """pretrain checkpoint list, verify"""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -32,7 +33,7 @@ def verify(args: argparse.Namespace) -> int:
     with Progress(*columns, transient=True) as progress:
         for info in infos:
             task = progress.add_task(f"step {info.step}", total=info.bytes)
-            problems = store.verify(info.step, lambda count, task=task: progress.advance(task, count))
+            problems = store.verify(info.step, partial(progress.advance, task))
             damaged += bool(problems)
             for line in problems or ["whole"]:
                 progress.console.print(f"step {info.step}: {line}", soft_wrap=True, highlight=False)

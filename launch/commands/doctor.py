@@ -28,8 +28,9 @@ def doctor(args: argparse.Namespace) -> None:
         facts["GPUs"] = str(torch.cuda.device_count())
         facts["bf16 peak"] = f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown: no MFU will be shown"
     for length in (512, 4096):
-        call = {"device": device, "dtype": torch.bfloat16, "queries": length, "keys": length, "head_dim": 64}
-        name, reason = choose_backend(AttentionMask(), **call)
+        name, reason = choose_backend(
+            AttentionMask(), device=device, dtype=torch.bfloat16, queries=length, keys=length, head_dim=64
+        )
         facts[f"attention at {length}"] = f"{name} ({reason})"
     for name, value in facts.items():
         print(f"{name:18} {value}")

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.models.layers.attention import AttentionMask, choose_backend
 from pretrain.objectives.cross_entropy import IGNORED, chunk_loss, chunked_cross_entropy
@@ -68,7 +68,7 @@ class CausalObjective:
         """Valid targets in these micro-batches: what the sum of losses is divided by."""
         return sum(int((batch["targets"] != IGNORED).sum()) for batch in microbatches)
 
-    def loss(self, model: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
+    def loss(self, model: Any, batch: MicroBatch) -> dict[str, Tensor]:
         """Sums over the micro-batch. "loss" is what is differentiated; the others are its parts, for the log."""
         hidden = model(batch["tokens"], batch["mask"], batch["positions"])
         nll, z_sum = chunked_cross_entropy(

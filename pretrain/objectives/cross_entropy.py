@@ -68,7 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return nll, z_sum
 
     @staticmethod
-    def backward(ctx: Any, nll_grad: Tensor, z_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, nll_grad: Tensor, z_grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         return hidden_grad * nll_grad, weight_grad * nll_grad, None, None, None, None, None, None
 

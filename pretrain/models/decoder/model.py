@@ -4,7 +4,8 @@ Shape letters: B batch, S sequence, E hidden, H query heads, K key/value heads, 
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -136,7 +137,7 @@ class Decoder(nn.Module):
         if self.cfg.positions == "learned":
             x = x + self.pos_embed(positions)
         masks, rotations = self._by_kind(mask, positions)
-        for block in self.layers.values():
+        for block in cast(Iterable[Block], self.layers.values()):
             x = block(x, masks[block.kind], rotations[block.kind], cache)
         return self.norm(x)
 
@@ -151,7 +152,7 @@ class Decoder(nn.Module):
             rotations["full"] = cos_sin(cfg.rope, positions, cfg.dim_per_head)
             rotations["sliding"] = rotations["full"]
         if cfg.window:
-            masks["sliding"] = replace(mask, window=cfg.window)
+            masks["sliding"] = mask.with_window(cfg.window)
             if cfg.rope_local is not None:
                 rotations["sliding"] = cos_sin(cfg.rope_local, positions, cfg.dim_per_head)
         return masks, rotations
