@@ -46,10 +46,14 @@ def measure(config: DecoderConfig, folder: Path, rounds: int) -> tuple[int, dict
     shapes, _ = native_tensors(config)
     out = folder / "out"
     write = partial(export, checkpoint, config.model_dump(mode="json"), shapes, LLAMA, out)
+
+    def prove(temp: Path) -> None:
+        prove_tensors(checkpoint, shapes, LLAMA, temp, None)
+
     contestants: dict[str, Callable[[], object]] = {
         "copy and fsync": lambda: copy_all(checkpoint / "model", out),
         "export": write,
-        "export and compare": lambda: write(prove=lambda temp: prove_tensors(checkpoint, shapes, LLAMA, temp, None)),
+        "export and compare": lambda: write(prove=prove),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for index in range(-1, rounds):  # the first round warms the imports and the page cache
