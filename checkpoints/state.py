@@ -16,7 +16,7 @@ def rng_state() -> dict[str, str]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put back what `rng_state` gave; a generator that this machine lacks is left out."""
-    tensors = {name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for name, text in state.items()}
+    tensors = {k: torch.frombuffer(bytearray(base64.b64decode(v)), dtype=torch.uint8) for k, v in state.items()}
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
