@@ -19,8 +19,9 @@ from torch import Tensor
 
 from checkpoints.collective import CheckpointError, explain
 from checkpoints.hf.brand import Brand, Config
-from checkpoints.hf.folder import Kept, check_tokenizer, copy_tokenizer, read_config, write_config
+from checkpoints.hf.folder import Kept, read_config, write_config
 from checkpoints.hf.ops import Shapes, Step, bind, first_few, match
+from checkpoints.hf.tokenizer import copy_tokenizer, settle_tokenizer
 from checkpoints.manifest import (
     MANIFEST,
     PARTS,
@@ -89,7 +90,7 @@ def export(
         write_config(temp, brand, config, common.most_common(1)[0][0], kept, tokenizer)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, temp)
-            check_tokenizer(temp, config["vocab_size"])
+            settle_tokenizer(temp, config["vocab_size"])
         with TensorWriter(temp, *_hf_layout(temp, infos, max_bytes)) as writer:
             for step in steps:
                 _export_step(source, step, dtype, writer)

@@ -1,24 +1,17 @@
-"""What stands beside the weights in a Hugging Face folder: config.json, generation_config.json, tokenizer files."""
+"""What stands beside the weights in a Hugging Face folder: config.json, generation_config.json."""
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from checkpoints.hf.brand import TOKENS, Brand, Config
+from checkpoints.hf.tokenizer import special_tokens
 from checkpoints.shards import dtype_name
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
-GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
-SAMPLE = "The 12 foxes' naïve  plan:\n\tif x >= 3.14:  return 'done', 100% 日本 😀\n"
 
 
 @dataclass(frozen=True)
@@ -94,49 +87,6 @@ def write_config(
     else:
         tokens = {key: kept.config.get(key) for key in TOKENS}
         GenerationConfig(**tokens, _from_model_config=True).save_pretrained(folder)
-
-
-def special_tokens(tokenizer: Path) -> Config:
-    """Ids of the special tokens that a tokenizer's folder names, None for those it does not."""
-    from transformers import AutoTokenizer
-
-    loaded: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    return {key: getattr(loaded, key) for key in TOKENS}
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer files that stand in `source`, if any."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
-
-
-def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Raises ValueError unless transformers loads the folder's tokenizer, and the model knows all of its tokens.
-
-    For some architectures (Qwen2) transformers puts a class of its own in place of the generic one that the folder
-    asks for, and splits text differently: that is found here, not by whoever uses the model.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # many types, the tokenizers library's bare Exception among them
-        raise ValueError(f"tokenizer: transformers cannot load it: {' '.join(str(error).split())}") from error
-    if len(loaded) > vocab_size:
-        raise ValueError(
-            f"tokenizer: it has {len(loaded)} tokens, but model.vocab_size = {vocab_size}; use the model's own"
-        )
-    declared = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    if declared.get("tokenizer_class") not in GENERIC or not (folder / "tokenizer.json").is_file():
-        return
-    ours = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(SAMPLE, add_special_tokens=False).ids
-    if loaded.encode(SAMPLE, add_special_tokens=False) != ours:
-        raise ValueError(
-            f"tokenizer: for this architecture transformers loads it as {type(loaded).__name__} and gets other tokens; "
-            "export as another --brand, or move the run's tokenizer folder away to export without it"
-        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

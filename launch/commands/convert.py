@@ -14,8 +14,9 @@ from torch import Tensor
 
 from checkpoints.hf import convert
 from checkpoints.hf.brand import Brand, choose_brand
-from checkpoints.hf.folder import TOKENIZER_FILES, Kept, copy_tokenizer
+from checkpoints.hf.folder import Kept
 from checkpoints.hf.ops import Shapes
+from checkpoints.hf.tokenizer import copy_tokenizer, has_tokenizer
 from checkpoints.hf.verify import Trace, prove_logits, prove_tensors
 from checkpoints.manifest import MANIFEST, Manifest
 from checkpoints.store import CheckpointStore
@@ -155,10 +156,6 @@ def run_native(config: Any, checkpoint: Path, tokens: Tensor, dtype: torch.dtype
     for block in blocks:
         block.register_forward_hook(lambda _, args, out: states.append(out))
     return Trace(model.logits(model(tokens)), states)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 @contextmanager

@@ -213,7 +213,7 @@ def test_tokenizer_larger_than_the_model(run: Path, tmp_path: Path) -> None:
     tiny_tokenizer().save(run / "tokenizer")
     path = run / "tokenizer/tokenizer.json"
     content = json.loads(path.read_text())
-    extra = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    extra = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     content["added_tokens"] += [{"id": 300 + i, "content": f"<extra{i}>", **extra} for i in range(20)]
     path.write_text(json.dumps(content))
     assert "it has 320 tokens, but model.vocab_size = 307" in refused("export", run, tmp_path / "out")

@@ -1,10 +1,16 @@
 import pytest
 import torch
 
-from checkpoints.hf.ops import Concat, Rename, bind, match
+from checkpoints.hf.ops import Concat, Rename, Row, Shapes, bind, match
 
-SHAPES = {"embed": (7, 3), "layers.0.q": (4, 3), "layers.0.k": (2, 3), "layers.10.q": (4, 3), "layers.10.k": (2, 3)}
-TABLE = (
+SHAPES: Shapes = {
+    "embed": (7, 3),
+    "layers.0.q": (4, 3),
+    "layers.0.k": (2, 3),
+    "layers.10.q": (4, 3),
+    "layers.10.k": (2, 3),
+}
+TABLE: tuple[Row, ...] = (
     Rename("embed", "wte"),
     Concat(("layers.{i}.q", "layers.{i}.k"), "h.{i}.qk", transpose=True),
 )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.hf import convert
-from checkpoints.hf.brand import Brand
+from checkpoints.hf.brand import Brand, Choice
 from checkpoints.hf.ops import Rename, Row
 from checkpoints.hf.verify import NotEqual, Trace, first_divergence, prove_tensors
 from launch.commands.convert import native_tensors
@@ -93,9 +93,9 @@ def test_the_first_block_that_differs_is_named(
 
 
 def test_a_config_that_says_something_else_is_found(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """erf for tanh: the smallest difference that two activations make."""
-    choice = next(row for row in hf.LLAMA.config if row.native == ("activation",))
-    rows = tuple(replace(row, words=(("silu", "gelu"),)) if row is choice else row for row in hf.LLAMA.config)
+    """Tensors alone are all right here."""
+    wrong = Choice("activation", "hidden_act", (("silu", "gelu"),))
+    rows = tuple(wrong if row.native == ("activation",) else row for row in hf.LLAMA.config)
     monkeypatch.setitem(hf.BRANDS, "llama", replace(hf.LLAMA, config=rows))
     with pytest.raises(NotEqual, match="block 0 is the first"):
         checkpoint_command("export", run, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert not (back / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3", "olmo2", "gemma3", "smollm3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3", "olmo2", "gemma3", "smollm3", "gpt2"])
 def test_tokenizer_comes_along_and_greedy_tokens_agree(name: str, tmp_path: Path) -> None:
     theirs, run, back = save_model(CASES[name], tmp_path / "hf"), tmp_path / "run", tmp_path / "back"
     tokenizer = tiny_tokenizer()
@@ -78,20 +79,11 @@ def test_tokenizer_comes_along_and_greedy_tokens_agree(name: str, tmp_path: Path
     text = "the lazy fox jumps"
     prompt = tokenizer.encode(text).astype("int64")
     assert loaded.encode(text, add_special_tokens=False) == prompt.tolist()
-    model = AutoModelForCausalLM.from_pretrained(back)
+    model: Any = AutoModelForCausalLM.from_pretrained(back)
     expected = model.generate(torch.from_numpy(prompt)[None], max_new_tokens=20, do_sample=False, eos_token_id=-1)
     native = load_trained(run).model
     ours = list(generate(native, torch.from_numpy(prompt), max_new_tokens=20))
     assert ours == expected[0, len(prompt) :].tolist()
-
-
-def test_a_tokenizer_that_transformers_would_replace_is_refused(tmp_path: Path) -> None:
-    theirs = save_model(CASES["qwen2"], tmp_path / "hf")
-    tiny_tokenizer().save(theirs)
-    checkpoint_command("import", theirs, tmp_path / "run")
-    with pytest.raises(ValueError, match="loads it as Qwen2Tokenizer and gets other tokens"):
-        checkpoint_command("export", tmp_path / "run", tmp_path / "back")
-    assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
