@@ -9,11 +9,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --progress-bar on -q -c constraints.txt -e .
+	$(BIN)/pip install -c constraints.txt -e .
 	touch $@
 
 .venv/test: .venv/core
-	$(BIN)/pip install --progress-bar on -q -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -c constraints.txt -e '.[test]'
 	touch $@
 
 quickstart: .venv/core
