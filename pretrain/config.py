@@ -40,11 +40,16 @@ class RunConfigSection(Section):
     )
 
 
+class TokenizerConfig(Section):
+    """`[tokenizer]`"""
+
+    path: str = Field("", description="Tokenizer folder or file; empty: the one that the shards were built with")
+
+
 class SourceConfig(Section):
     """One of `[[data.sources]]`"""
 
     shards: str = Field(description="Shards: a path or glob; {000..127} is expanded")
-    weight: float = Field(1.0, gt=0, description="Share of samples, relative to the other sources")
 
 
 class DataConfig(Section):
@@ -111,6 +116,7 @@ class RunConfig(Section):
     engine: str = Field("torch", description=f"Training engine: {', '.join(ENGINES)}")
     run: RunConfigSection = RunConfigSection()
     model: AnyModelConfig = Field(default_factory=FAMILIES["decoder"].config)
+    tokenizer: TokenizerConfig = TokenizerConfig()
     objective: AnyObjectiveConfig = Field(default_factory=OBJECTIVES["causal"][0])
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()

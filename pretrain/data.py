@@ -1,13 +1,13 @@
 """The run's data: its shards, or a small built-in text when the recipe names none."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.reader import TokenDataset
 from data_pipeline.build import TrainTokenizer, build
+from data_pipeline.reader import TokenDataset
 from data_pipeline.sources.stdlib import tiny_files
+from data_pipeline.tokenizer import load_tokenizer
 from pretrain.config import RunConfig
 
 OnFirst = Callable[[Callable[[], Any]], Any]  # runs an action on rank 0 alone, while the others wait
@@ -38,20 +38,48 @@ def _open(config: RunConfig, shards: str) -> TokenDataset:
     return TokenDataset(shards, vocab_size=config.model.vocab_size or None)
 
 
-def with_vocabulary(config: RunConfig, dataset: TokenDataset) -> RunConfig:
-    """The config with the model's vocabulary size filled in from the data where the recipe left it open."""
-    if config.model.vocab_size:
+def with_tokenizer(config: RunConfig) -> RunConfig:
+    """The config with the vocabulary size of `tokenizer.path`, where the recipe names one. Raises ValueError when the
+    model's vocabulary is too small for it.
+    """
+    if not config.tokenizer.path:
         return config
-    if dataset.info is None:
-        raise ValueError("model.vocab_size is not set and the shards have no dataset.json to take it from; set it")
-    model = config.model.model_copy(update={"vocab_size": dataset.info.vocab_size})
-    return config.model_copy(update={"model": model})
+    needed = load_tokenizer(config.tokenizer.path).vocab_size
+    if config.model.vocab_size and config.model.vocab_size < needed:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the {needed} of tokenizer.path = "
+            f"{config.tokenizer.path!r}; raise it, or leave it out to take the tokenizer's"
+        )
+    return _with_vocab_size(config, config.model.vocab_size or needed)
 
 
-def copy_tokenizer(dataset: TokenDataset, run_dir: Path) -> None:
-    """Keep the data's tokenizer with the run, so that generating and exporting need nothing else."""
+def with_vocabulary(config: RunConfig, dataset: TokenDataset) -> RunConfig:
+    """The config with the model's vocabulary size filled in from the shards where it is still open. Raises ValueError
+    when the shards were built with another vocabulary than the recipe's tokenizer has.
+    """
     if dataset.info is None:
-        return
-    source = dataset.paths[0].parent / dataset.info.tokenizer
-    if source.is_dir() and not (run_dir / "tokenizer").exists():
-        shutil.copytree(source, run_dir / "tokenizer")
+        if not config.model.vocab_size:
+            raise ValueError(
+                f"{dataset.paths[0].parent} has no dataset.json that tells the vocabulary; set tokenizer.path or "
+                "model.vocab_size"
+            )
+        return config
+    if config.tokenizer.path and load_tokenizer(config.tokenizer.path).vocab_size != dataset.info.vocab_size:
+        raise ValueError(
+            f"tokenizer.path = {config.tokenizer.path!r} has not the vocabulary of {dataset.info.vocab_size} that the "
+            f"shards in {dataset.paths[0].parent} were built with; leave it out, or build the shards with it"
+        )
+    return _with_vocab_size(config, config.model.vocab_size or dataset.info.vocab_size)
+
+
+def _with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+def keep_tokenizer(config: RunConfig, dataset: TokenDataset, run_dir: Path) -> None:
+    """Keep the tokenizer with the run, so that generating and exporting need nothing else."""
+    source = Path(config.tokenizer.path) if config.tokenizer.path else None
+    if source is None and dataset.info is not None:
+        source = dataset.paths[0].parent / dataset.info.tokenizer
+    if source is not None and source.exists() and not (run_dir / "tokenizer").exists():
+        load_tokenizer(source).save(run_dir / "tokenizer")

@@ -22,7 +22,7 @@ from parallel.hardware import device_peak_flops
 from parallel.world import World
 from pretrain.compile import decide_compile
 from pretrain.config import RunConfig, write_config
-from pretrain.data import copy_tokenizer, open_dataset, open_held_out, with_vocabulary
+from pretrain.data import keep_tokenizer, open_dataset, open_held_out, with_tokenizer, with_vocabulary
 from pretrain.environment import describe_environment
 from pretrain.evaluate import held_out_loss
 from pretrain.metrics import Metrics
@@ -52,6 +52,7 @@ def train(config: RunConfig, world: World) -> Position:
         run_dir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every or None
     )
     found = ranks.on_first(lambda: check_resume(config, store))
+    config = with_tokenizer(config)
     dataset = open_dataset(config, ranks.on_first)
     config = with_vocabulary(config, dataset)
     held_out = open_held_out(config) if config.eval.every else None
@@ -228,7 +229,7 @@ def record_run(config: RunConfig, dataset: Any, run_dir: Path, world: World) -> 
     write_config(config, run_dir / "config.toml")
     environment = describe_environment(config.run.seed, world.size, world.device)
     (run_dir / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
-    copy_tokenizer(dataset, run_dir)
+    keep_tokenizer(config, dataset, run_dir)
 
 
 def start_metrics(config: RunConfig, world: World, position: Position) -> Metrics:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from checkpoints.store import CheckpointStore
+from data_pipeline.tokenizer import train_tokenizer
 from parallel.world import World
 from pretrain.config import RunConfig, load_run_config, resolve
 from pretrain.load import load_trained, run_tokenizer
@@ -192,6 +194,26 @@ def test_a_run_that_cannot_start_says_why(tmp_path, tiny_shards, overrides, erro
     with pytest.raises(error, match=message) as caught:
         train(small_config(tmp_path / "run", tiny_shards, *overrides), ALONE)
     assert "\n" not in str(caught.value)
+
+
+def test_shards_and_tokenizer_must_agree(tmp_path, tiny_shards):
+    other = train_tokenizer(["some text, and more of it\n" * 50], vocab_size=300)
+    other.save(tmp_path / "other")
+    with pytest.raises(ValueError, match="vocabulary of 2048"):
+        train(small_config(tmp_path / "run", tiny_shards, f"tokenizer.path={tmp_path / 'other'}"), ALONE)
+    with pytest.raises(ValueError, match="model.vocab_size = 64 is less than"):
+        train(
+            small_config(tmp_path / "run", tiny_shards, f"tokenizer.path={tmp_path / 'other'}", "model.vocab_size=64"),
+            ALONE,
+        )
+    bare = tmp_path / "bare"  # shards that tell nothing of themselves
+    bare.mkdir()
+    shutil.copy(tiny_shards / "train-00000.tar", bare)
+    with pytest.raises(ValueError, match="vocab_size"):
+        train(small_config(tmp_path / "run", bare, "train.steps=1"), ALONE)
+    same = f"tokenizer.path={tiny_shards / 'tokenizer'}"
+    train(small_config(tmp_path / "run", bare, "train.steps=1", same), ALONE)
+    assert run_tokenizer(tmp_path / "run").vocab_size == load_run_config(tmp_path / "run").model.vocab_size == 2048
 
 
 def test_an_existing_run_is_respected(tmp_path, tiny_shards, capsys):

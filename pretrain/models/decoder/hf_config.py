@@ -161,15 +161,17 @@ def _attention_bias_to_hf(native: Config) -> Config:
     return {"attention_bias": native["qkv_bias"]}
 
 
-def _heads_to_hf(even: bool = False) -> Callable[[Config], Config]:
-    """even: transformers asks that heads divide the width, even where head_dim is set."""
+def _heads_to_hf(even: bool, own_head_dim: bool) -> Callable[[Config], Config]:
+    """even: transformers asks that heads divide the width, even where head_dim is set. own_head_dim: its default is
+    not the width over the heads, but a number of the brand's.
+    """
 
     def write(native: Config) -> Config:
         heads = native["heads"]
         if even and native["hidden"] % heads:
             raise misfit("model.hidden", native["hidden"], [f"multiples of model.heads = {heads}"])
         config = {"num_attention_heads": heads, "num_key_value_heads": native["kv_heads"] or heads}
-        return config | ({"head_dim": native["head_dim"]} if native["head_dim"] else {})
+        return config | ({"head_dim": _head_dim(native)} if native["head_dim"] or own_head_dim else {})
 
     return write
 
@@ -187,9 +189,9 @@ def _head_dim(native: Config) -> int:
     return native["head_dim"] or native["hidden"] // native["heads"]
 
 
-def heads(even: bool = False) -> ConfigRow:
+def heads(even: bool = False, own_head_dim: bool = False) -> ConfigRow:
     keys = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    return Mapped(("heads", "kv_heads", "head_dim"), keys, _heads_to_hf(even), _heads_to_native)
+    return Mapped(("heads", "kv_heads", "head_dim"), keys, _heads_to_hf(even, own_head_dim), _heads_to_native)
 
 
 def activation(hf_key: str, tanh_word: str = "gelu_pytorch_tanh") -> ConfigRow:
