@@ -93,13 +93,18 @@ def run_transformers(folder: Path, tokens: Tensor, num_blocks: int) -> Trace:
     with _quiet():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the loading info
             )
         except (ValueError, RuntimeError, OSError) as error:
             raise NotEqual(f"transformers cannot load the export: {' '.join(str(error).split())}") from error
     model, loading = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in loading[what]):
+        if names := sorted(name if isinstance(name, str) else name[0] for name in loading[what]):
             raise NotEqual(f"transformers loads the export with {what.replace('_', ' ')}: {first_few(names)}")
     blocks = find_blocks(model, num_blocks)
     states: list[Tensor] = []
@@ -140,13 +145,15 @@ def _bits(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Any:
-    """No progress bar from transformers: ours is there already."""
+    """No progress bar from transformers, ours is there already, and no report: our error names what is in it."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

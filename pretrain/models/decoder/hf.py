@@ -109,8 +109,9 @@ QWEN2 = llama_shaped(
     QWEN_LAYERS, *QKV_BIAS_ONLY, NO_MLP_BIAS, *PLAIN, carried=("max_window_layers",),
 )  # fmt: skip
 QWEN3 = llama_shaped(
-    "qwen3", "Qwen3ForCausalLM", PRE_NORMS + QK_NORMS, *norms(qk="head"), heads(own_head_dim=True), activation("hidden_act"),
-    *one_rope(), QWEN_LAYERS, ATTENTION_BIAS, NO_MLP_BIAS, *PLAIN, carried=("max_window_layers",),
+    "qwen3", "Qwen3ForCausalLM", PRE_NORMS + QK_NORMS, *norms(qk="head"), heads(own_head_dim=True),
+    activation("hidden_act"), *one_rope(), QWEN_LAYERS, ATTENTION_BIAS, NO_MLP_BIAS, *PLAIN,
+    carried=("max_window_layers",),
 )  # fmt: skip
 OLMO2 = llama_shaped(
     "olmo2", "Olmo2ForCausalLM", POST_NORMS + QK_NORMS, *norms(position="post", qk="full"), heads(),
@@ -118,7 +119,8 @@ OLMO2 = llama_shaped(
 )  # fmt: skip
 GEMMA3 = llama_shaped(
     "gemma3_text", "Gemma3ForCausalLM", BOTH_NORMS + QK_NORMS, *norms("rms_unit", "both", "head"),
-    heads(even=True, own_head_dim=True), activation("hidden_activation"), *rope_by_layer(), GEMMA_LAYERS, ATTENTION_BIAS, NO_MLP_BIAS, *GEMMA_NUMBERS,
+    heads(even=True, own_head_dim=True), activation("hidden_activation"), *rope_by_layer(), GEMMA_LAYERS,
+    ATTENTION_BIAS, NO_MLP_BIAS, *GEMMA_NUMBERS,
     OnlyHf("attn_logit_softcapping", None),  # transformers 5 keeps the key but does not apply it
     OnlyHf("use_bidirectional_attention", False),
     carried=("_sliding_window_pattern", "sliding_window_pattern"),
