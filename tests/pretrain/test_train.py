@@ -163,7 +163,7 @@ def test_a_run_leaves_its_record(tmp_path, tiny_shards):
     assert saved.train == config.train
     env = json.loads((tmp_path / "run/env.json").read_text())
     assert env["seed"] == 1
-    assert env["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(env["packages"]["torch"].split("+")[0])
     assert list((tmp_path / "run/tensorboard").glob("events*"))
     tokenizer = run_tokenizer(tmp_path / "run")
     assert tokenizer.decode(tokenizer.encode("def f(x):\n    return x")) == "def f(x):\n    return x"
