@@ -151,8 +151,7 @@ def attention(
     S, T, D = q.shape[1], k.shape[1], q.shape[3]
     call = Call(mask, device, q.dtype, S, T, D, v.shape[3], softcap)
     name = _choose(call)[0] if backend == "auto" else _checked(backend, call)
-    with torch.autocast(device, enabled=False):
-        out = BACKENDS[name].run(q, k, v, mask, D**-0.5 if scale is None else scale, softcap)
+    out = BACKENDS[name].run(q, k, v, mask, D**-0.5 if scale is None else scale, softcap)
     if mask.documents is not None and (mask.packing is None or mask.packing.has_padding):
         out = out.masked_fill((mask.documents[:, T - S :] < 0)[:, :, None, None], 0.0)
     return out

@@ -34,12 +34,13 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float
     """Dense mask, fp64 accumulation: slow, and what the others are tested against."""
     S, T, G = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = (x.double().repeat_interleave(G, dim=2) for x in (k, v))
-    scores = torch.einsum("bshd,bthd->bhst", q.double(), k) * scale
-    if softcap is not None:
-        scores = cap(scores, softcap)
-    seen = visible(mask, range(S), range(T), max(T - S, 0), q.device)[:, None]
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
-    return torch.einsum("bhst,bthd->bshd", weights, v).to(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):  # else the products would be rounded
+        scores = torch.einsum("bshd,bthd->bhst", q.double(), k) * scale
+        if softcap is not None:
+            scores = cap(scores, softcap)
+        seen = visible(mask, range(S), range(T), max(T - S, 0), q.device)[:, None]
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        return torch.einsum("bhst,bthd->bshd", weights, v).to(q.dtype)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, softcap: float | None) -> Tensor:
