@@ -1,6 +1,6 @@
 """A run's configuration: TOML recipe, inheritance, dotted overrides; frozen once resolved, with provenance.
 
-    defaults  <-  base recipe  <-  recipe  <-  key=value overrides
+defaults  <-  base recipe  <-  recipe  <-  key=value overrides
 """
 
 import difflib
@@ -158,7 +158,7 @@ def resolve(recipe: str, overrides: list[str] | None = None) -> tuple[RunConfig,
         _insert(tree, key, value, override)
         for below in [old for old in origins if old.startswith(f"{key}.")]:
             del origins[below]
-        origins.update({leaf: f"override {override}" for leaf in _flatten(value, key)})
+        origins.update(dict.fromkeys(_flatten(value, key), f"override {override}"))
     return validate(tree, recipe), origins
 
 
@@ -237,7 +237,7 @@ def _load_recipe(path: Path, seen: tuple[Path, ...]) -> tuple[Tree, Origins]:
         beside = path.parent / f"{base}.toml" if isinstance(base, str) else path
         tree, origins = _load_recipe(beside if beside.is_file() else find_recipe(str(base)), (*seen, path))
     _merge(tree, own)
-    origins.update({leaf: f"recipe {path.name}" for leaf in _flatten(own, "")})
+    origins.update(dict.fromkeys(_flatten(own, ""), f"recipe {path.name}"))
     return tree, origins
 
 

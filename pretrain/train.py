@@ -252,7 +252,9 @@ def stop_requests() -> Iterator[list[int]]:
     """A list that SIGINT and SIGTERM put their number into: the loop finishes its step, saves and leaves."""
     requested: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda received, _frame: requested.append(received)) for number in signals}
+    previous = {
+        number: signal.signal(number, lambda received, _frame: requested.append(received)) for number in signals
+    }
     try:
         yield requested
     finally:

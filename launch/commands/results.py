@@ -28,9 +28,7 @@ def generate(args: argparse.Namespace) -> None:
     shown = tokenizer.decode(tokens)
     print(shown, end="", flush=True)
     options = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
-    new = generate_tokens(
-        trained.model, prompt, max_new_tokens=args.max_new_tokens, eos_id=tokenizer.eos_id, **options
-    )
+    new = generate_tokens(trained.model, prompt, max_new_tokens=args.max_new_tokens, eos_id=tokenizer.eos_id, **options)
     for token in new:
         tokens.append(token)
         text = tokenizer.decode(tokens)

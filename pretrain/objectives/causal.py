@@ -41,7 +41,12 @@ class CausalObjective:
         """Samples of the stream -> tokens, targets, positions and the attention mask, on the host."""
         if self.config.document_mask:
             mask = AttentionMask.packed(batch["documents"])
-            return {"tokens": batch["tokens"], "targets": batch["targets"], "positions": batch["positions"], "mask": mask}
+            return {
+                "tokens": batch["tokens"],
+                "targets": batch["targets"],
+                "positions": batch["positions"],
+                "mask": mask,
+            }
         length = batch["tokens"].shape[1]
         return {
             "tokens": batch["tokens"],

@@ -23,7 +23,10 @@ AIMS = {"eager": 4.0, "warm compile": 7.0}
 def seconds_to_first_step(folder: Path, name: str, compiled: bool) -> float:
     run_dir = folder / name
     command = [sys.executable, "-m", "launch.cli", "run", "bench-12m", f"run.dir={run_dir}", "train.steps=1"]
-    command += [f"train.compile={'on' if compiled else 'off'}", f'data.sources=[{{shards="{folder}/data/train-*.tar"}}]']
+    command += [
+        f"train.compile={'on' if compiled else 'off'}",
+        f'data.sources=[{{shards="{folder}/data/train-*.tar"}}]',
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
     start = time.perf_counter()
     with (folder / f"{name}.log").open("w") as log:

@@ -1,6 +1,7 @@
 """Recipes, overrides, provenance, and what wrong ones are answered with."""
 
 import json
+import re
 
 import pytest
 
@@ -70,9 +71,8 @@ def test_overrides_win_over_recipe_over_base_and_say_so(tmp_path):
     ],
 )
 def test_a_wrong_override_is_one_clear_line(override, message):
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         resolve("tiny", [override])
-    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -86,7 +86,7 @@ def test_a_wrong_recipe_name_or_file_is_one_clear_line(tmp_path):
         resolve(str(tmp_path / "torn.toml"))
     (tmp_path / "a.toml").write_text('base = "b"\n')
     (tmp_path / "b.toml").write_text('base = "a"\n')
-    with pytest.raises(ValueError, match="circle: a.toml -> b.toml -> a.toml"):
+    with pytest.raises(ValueError, match=r"circle: a\.toml -> b\.toml -> a\.toml"):
         resolve(str(tmp_path / "a.toml"))
 
 

@@ -201,7 +201,7 @@ def test_shards_and_tokenizer_must_agree(tmp_path, tiny_shards):
     other.save(tmp_path / "other")
     with pytest.raises(ValueError, match="vocabulary of 2048"):
         train(small_config(tmp_path / "run", tiny_shards, f"tokenizer.path={tmp_path / 'other'}"), ALONE)
-    with pytest.raises(ValueError, match="model.vocab_size = 64 is less than"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size = 64 is less than"):
         train(
             small_config(tmp_path / "run", tiny_shards, f"tokenizer.path={tmp_path / 'other'}", "model.vocab_size=64"),
             ALONE,
