@@ -24,6 +24,7 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 PIECE = 64 << 20  # bytes written at once
+COMPARED = 4 << 20  # bytes compared at once
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,22 @@ class TensorFiles:
                 _read_into(piece, part)
                 box.copy_(part)
         return out
+
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether `tensor` is the one called `name`, bit for bit; where that is in one piece, a few MB are read at once."""
+        info, pieces = self.infos[name], self._pieces[name]
+        if (tuple(tensor.shape), tensor.dtype) != (info.shape, info.dtype):
+            return False
+        if len(pieces) > 1:
+            return torch.equal(as_bytes(self.read(name)), as_bytes(tensor))
+        wanted, scratch = as_bytes(tensor), torch.empty(COMPARED, dtype=torch.uint8)
+        for start in range(0, info.num_bytes, COMPARED):
+            part = wanted[start : start + COMPARED]
+            found = scratch[: len(part)]
+            _read_bytes(pieces[0].path, pieces[0].start + start, found)
+            if not torch.equal(_wide(found), _wide(part)):
+                return False
+        return True
 
     def _add_file(self, path: Path) -> None:
         header, data_start = read_header(path)
@@ -260,13 +277,26 @@ def _header(tensors: dict[str, TensorInfo], metadata: dict[str, str]) -> tuple[b
     return struct.pack("<Q", len(text)) + text, spans
 
 
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _wide(data: Tensor) -> Tensor:
+    """Bytes as int64 where their number allows: compared 4 times faster."""
+    return data if data.numel() % 8 or data.storage_offset() % 8 else data.view(torch.int64)
+
+
 def _read_into(piece: Piece, out: Tensor) -> None:
     """Fill the contiguous `out` from the piece's bytes."""
-    buffer = out.reshape(-1).view(torch.uint8).numpy().data
-    with piece.path.open("rb", buffering=0) as file:
-        file.seek(piece.start)
+    _read_bytes(piece.path, piece.start, out.reshape(-1).view(torch.uint8))
+
+
+def _read_bytes(path: Path, start: int, out: Tensor) -> None:
+    buffer = out.numpy().data
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
         while buffer:
             count = file.readinto(buffer)
             if not count:
-                raise ValueError(f"{piece.path} is truncated")
+                raise ValueError(f"{path} is truncated")
             buffer = buffer[count:]

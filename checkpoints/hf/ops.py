@@ -64,11 +64,13 @@ class Concat:
         return (self.hf_name,)
 
     def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [_flip(torch.cat(tensors), self.transpose)]
+        if self.transpose:  # as views: one copy is all there is room for
+            return [torch.cat([tensor.t() for tensor in tensors], dim=1).contiguous()]
+        return [torch.cat(tensors)]
 
     def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        blocks = _flip(tensors[0], self.transpose).split([shape[0] for shape in shapes])
-        return [block.contiguous() for block in blocks]
+        joined = tensors[0].t() if self.transpose else tensors[0]
+        return [block.contiguous() for block in joined.split([shape[0] for shape in shapes])]
 
 
 def _flip(tensor: Tensor, transpose: bool) -> Tensor:

@@ -113,3 +113,16 @@ def test_hf_folders_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("{")
     with pytest.raises(ValueError, match=r"index.json is damaged"):
         open_hf(tmp_path)
+
+
+def test_holds_sees_a_single_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("checkpoints.tensors.COMPARED", 64)
+    tensor = torch.randn(7, 11)  # 308 bytes: the last part is no multiple of 8
+    save_file({"a": tensor, "nan": torch.full((4,), float("nan"))}, tmp_path / "model.safetensors")
+    files = open_hf(tmp_path)
+    assert files.holds("a", tensor) and files.holds("nan", torch.full((4,), float("nan")))
+    for place in (0, 40, 76):
+        other = tensor.clone()
+        other.view(-1).view(torch.int32)[place] ^= 1
+        assert not files.holds("a", other)
+    assert not files.holds("a", tensor.double()) and not files.holds("a", tensor.reshape(11, 7))
