@@ -93,7 +93,7 @@ class TensorFiles:
         return out
 
     def holds(self, name: str, tensor: Tensor) -> bool:
-        """Whether `tensor` is the one called `name`, bit for bit; where that is in one piece, a few MB are read at once."""
+        """Whether `tensor` is the one called `name`, bit for bit; read a few MB at a time where it is in one piece."""
         info, pieces = self.infos[name], self._pieces[name]
         if (tuple(tensor.shape), tensor.dtype) != (info.shape, info.dtype):
             return False

@@ -64,9 +64,13 @@ class Concat:
         return (self.hf_name,)
 
     def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
-        if self.transpose:  # as views: one copy is all there is room for
-            return [torch.cat([tensor.t() for tensor in tensors], dim=1).contiguous()]
-        return [torch.cat(tensors)]
+        if not self.transpose:
+            return [torch.cat(tensors)]
+        rows = sum(tensor.shape[0] for tensor in tensors)
+        joined = tensors[0].new_empty(tensors[0].shape[1], rows)  # filled in place: there is room for one copy
+        for block, tensor in zip(joined.split([tensor.shape[0] for tensor in tensors], dim=1), tensors, strict=True):
+            block.copy_(tensor.t())
+        return [joined]
 
     def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
         joined = tensors[0].t() if self.transpose else tensors[0]
