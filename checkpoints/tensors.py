@@ -23,8 +23,7 @@ from checkpoints.shards import DTYPES
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-PIECE = 64 << 20  # bytes written at once
-COMPARED = 4 << 20  # bytes compared at once
+PIECE = 4 << 20  # bytes written or compared at once
 
 
 @dataclass(frozen=True)
@@ -93,19 +92,19 @@ class TensorFiles:
         return out
 
     def holds(self, name: str, tensor: Tensor) -> bool:
-        """Whether `tensor` is the one called `name`, bit for bit; read a few MB at a time where it is in one piece."""
+        """Whether `tensor` is the one called `name`, bit for bit."""
         info, pieces = self.infos[name], self._pieces[name]
         if (tuple(tensor.shape), tensor.dtype) != (info.shape, info.dtype):
             return False
         if len(pieces) > 1:
             return torch.equal(as_bytes(self.read(name)), as_bytes(tensor))
-        wanted, scratch = as_bytes(tensor), torch.empty(COMPARED, dtype=torch.uint8)
-        for start in range(0, info.num_bytes, COMPARED):
-            part = wanted[start : start + COMPARED]
-            found = scratch[: len(part)]
-            _read_bytes(pieces[0].path, pieces[0].start + start, found)
+        start = pieces[0].start
+        for part in byte_pieces(tensor):
+            found = torch.empty_like(part)
+            _read_bytes(pieces[0].path, start, found)
             if not torch.equal(_wide(found), _wide(part)):
                 return False
+            start += part.numel()
         return True
 
     def _add_file(self, path: Path) -> None:
@@ -182,11 +181,12 @@ class TensorWriter:
         info = self.infos[name]
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), name
         path, start = self._places.pop(name)
-        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
         with path.open("r+b", buffering=0) as file:
             file.seek(start)
-            while content:
-                content = content[file.write(content[:PIECE]) :]
+            for piece in byte_pieces(tensor):
+                content = piece.numpy().data
+                while content:
+                    content = content[file.write(content) :]
 
     def __enter__(self) -> "TensorWriter":
         return self
@@ -279,6 +279,15 @@ def _header(tensors: dict[str, TensorInfo], metadata: dict[str, str]) -> tuple[b
 
 def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def byte_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor's bytes in row-major order, uint8, a few MB at a time: a transposed view is never copied whole."""
+    rows = tensor if tensor.dim() else tensor[None]
+    if not rows.numel():
+        return
+    for part in rows.split(max(1, PIECE * rows.shape[0] // rows.nbytes)):
+        yield as_bytes(part)
 
 
 def _wide(data: Tensor) -> Tensor:

@@ -45,10 +45,10 @@ class Rename:
         return (self.hf_name,)
 
     def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [_flip(tensors[0], self.transpose)]
+        return [tensors[0].t() if self.transpose else tensors[0]]
 
     def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        return [_flip(tensors[0], self.transpose)]
+        return self.to_hf(tensors)
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,12 @@ class Concat:
         return (self.hf_name,)
 
     def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
-        if not self.transpose:
-            return [torch.cat(tensors)]
-        rows = sum(tensor.shape[0] for tensor in tensors)
-        joined = tensors[0].new_empty(tensors[0].shape[1], rows)  # filled in place: there is room for one copy
-        for block, tensor in zip(joined.split([tensor.shape[0] for tensor in tensors], dim=1), tensors, strict=True):
-            block.copy_(tensor.t())
-        return [joined]
+        joined = torch.cat(tensors)
+        return [joined.t() if self.transpose else joined]
 
     def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
         joined = tensors[0].t() if self.transpose else tensors[0]
-        return [block.contiguous() for block in joined.split([shape[0] for shape in shapes])]
-
-
-def _flip(tensor: Tensor, transpose: bool) -> Tensor:
-    return tensor.t().contiguous() if transpose else tensor
+        return list(joined.split([shape[0] for shape in shapes]))
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def test_hf_folders_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_holds_sees_a_single_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("checkpoints.tensors.COMPARED", 64)
+    monkeypatch.setattr("checkpoints.tensors.PIECE", 64)
     tensor = torch.randn(7, 11)  # 308 bytes: the last part is no multiple of 8
     save_file({"a": tensor, "nan": torch.full((4,), float("nan"))}, tmp_path / "model.safetensors")
     files = open_hf(tmp_path)
