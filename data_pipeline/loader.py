@@ -7,9 +7,10 @@ The cursor is the global sample index and travels with each step, so a resume is
 ahead.
 """
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from queue import Empty, Queue
+from threading import Thread
 from typing import Self
 
 import numpy as np
@@ -18,8 +19,7 @@ import torch
 from data_pipeline.pack import IGNORED, Samples, SampleStream, TokenStream
 
 MicroBatch = dict[str, torch.Tensor]
-"""``tokens`` int64, ``targets`` int64 (-100 ignored), ``positions`` int32, ``documents`` int32; each [B,
-S].
+"""``tokens``, ``targets`` (-100 ignored), ``positions``, ``documents``; each int32 [B, S].
 """
 
 
@@ -58,8 +58,8 @@ class Loader:
         self.cursor, self.prefetch = cursor, prefetch
         self._per_rank = global_batch // world
         self._shift = rank * self._per_rank
-        self._pending: deque[Future[list[MicroBatch]]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
+        self._ready: Queue[tuple[list[MicroBatch], int] | Exception] = Queue(max(prefetch, 1))
+        self._thread: Thread | None = None
         self._closed = False
 
     def __iter__(self) -> Self:
@@ -69,18 +69,28 @@ class Loader:
         """The next step. An error of the background thread is raised here, at the step it belongs to."""
         if self._closed:
             raise StopIteration
-        if self._thread is None:
-            batches = self._read(self.cursor)
+        if not self.prefetch:
+            item = self._read(self.cursor), self.cursor + self.global_batch
         else:
-            while len(self._pending) < self.prefetch:
-                ahead = self.cursor + len(self._pending) * self.global_batch
-                self._pending.append(self._thread.submit(self._read, ahead))
-            batches = self._pending[0].result()
-            self._pending.popleft()
-            ahead = self.cursor + (len(self._pending) + 1) * self.global_batch
-            self._pending.append(self._thread.submit(self._read, ahead))
-        self.cursor += self.global_batch
-        return batches, self.cursor
+            if self._thread is None:
+                self._thread = Thread(target=self._read_ahead, args=(self.cursor,), name="loader", daemon=True)
+                self._thread.start()
+            ready = self._ready.get()
+            if isinstance(ready, Exception):
+                self._thread = None  # it has ended; asking again tries the same step again
+                raise ready
+            item = ready
+        self.cursor = item[1]
+        return item
+
+    def _read_ahead(self, cursor: int) -> None:
+        try:
+            while not self._closed:
+                batches = self._read(cursor)
+                cursor += self.global_batch
+                self._ready.put((batches, cursor))
+        except Exception as error:
+            self._ready.put(error)
 
     def _read(self, cursor: int) -> list[MicroBatch]:
         samples = self.stream.read(cursor + self._shift, self._per_rank)
@@ -92,9 +102,10 @@ class Loader:
     def close(self) -> None:
         """Stop reading ahead. Further iteration ends."""
         self._closed = True
-        self._pending.clear()
-        if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
+        while self._thread is not None and self._thread.is_alive():
+            with suppress(Empty):
+                self._ready.get_nowait()  # makes room, if the thread waits for it
+            self._thread.join(0.01)
 
     def __enter__(self) -> Self:
         return self

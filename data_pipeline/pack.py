@@ -19,12 +19,12 @@ IGNORED = -100  # target of a position that no loss is taken at, as torch's cros
 
 
 class Samples(NamedTuple):
-    """Packed samples: B of them, S tokens each, in fresh arrays."""
+    """Packed samples: B of them, S tokens each, in fresh int32 arrays."""
 
-    tokens: np.ndarray  # int64 [B, S + 1]
-    targets: np.ndarray  # int64 [B, S]; the next token, IGNORED at the last token of a document
-    positions: np.ndarray  # int32 [B, S]; 0 at each document's start and at the row's start
-    documents: np.ndarray  # int32 [B, S]; 0, 1, 2, ... along the row
+    tokens: np.ndarray  # [B, S + 1]
+    targets: np.ndarray  # [B, S]; the next token, IGNORED at the last token of a document
+    positions: np.ndarray  # [B, S]; 0 at each document's start and at the row's start
+    documents: np.ndarray  # [B, S]; 0, 1, 2, ... along the row
 
 
 class SampleStream(Protocol):
@@ -61,28 +61,27 @@ class TokenStream:
             raise ValueError(f"samples {start} to {start + count - 1}: start must be 0 or more, count 1 or more")
         seq_len, size = self.seq_len, count * self.seq_len
         # One block for all: several large ones are returned to the system and faulted in again, at 5 times the cost.
-        block = np.empty(3 * size + count, np.int64)
+        block = np.empty(4 * size + count, np.int32)
         tokens = block[: size + count].reshape(count, seq_len + 1)
-        targets = block[size + count : 2 * size + count].reshape(count, seq_len)
-        positions, documents = block[2 * size + count :].view(np.int32).reshape(2, size)
+        targets, positions, documents = block[size + count :].reshape(3, size)
         rows, columns = self._fill(start, tokens)
-        targets[:] = tokens[:, 1:]
-        inside = columns > 0
-        targets[rows[inside], columns[inside] - 1] = IGNORED
+        targets.reshape(count, seq_len)[:] = tokens[:, 1:]
+        later = columns > 0
+        targets[rows[later] * seq_len + columns[later] - 1] = IGNORED
 
-        row_starts = np.arange(0, size, seq_len)
-        inside &= columns < seq_len
-        bounds = np.union1d(row_starts, rows[inside] * seq_len + columns[inside])
+        inside = columns < seq_len
+        rows, columns = rows[inside], columns[inside]
+        bounds = rows * seq_len + columns
         lengths = np.diff(bounds, append=size)
-        ordinals = np.arange(len(bounds)) - np.searchsorted(bounds, row_starts)[bounds // seq_len]
+        ordinals = np.arange(len(rows)) - np.flatnonzero(columns == 0)[rows]
         documents[:] = np.repeat(ordinals.astype(np.int32), lengths)
         np.subtract(np.arange(size, dtype=np.int32), np.repeat(bounds.astype(np.int32), lengths), out=positions)
         shape = (count, seq_len)
-        return Samples(tokens, targets, positions.reshape(shape), documents.reshape(shape))
+        return Samples(tokens, targets.reshape(shape), positions.reshape(shape), documents.reshape(shape))
 
     def _fill(self, start: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Write the samples from ``start`` on into ``tokens`` [B, S + 1]; returns rows and columns where documents
-        begin.
+        """Write the samples from ``start`` on into ``tokens`` [B, S + 1]; returns where their pieces of documents
+        begin, as rows and columns in ascending order; each row begins with one.
         """
         done, width, found = 0, tokens.shape[1], []
         while done < len(tokens):
@@ -99,8 +98,8 @@ class TokenStream:
             inner = np.maximum(begins, offsets[rows])
             lengths = np.minimum(ends[places], offsets[rows] + width) - inner
             self.dataset.gather(documents, inner - begins, lengths, tokens[done : done + count].reshape(-1))
-            new = (begins >= offsets[rows]) & (lengths > 0)
-            found.append((rows[new] + done, (begins - offsets[rows])[new]))
+            held = lengths > 0
+            found.append((rows[held] + done, (inner - offsets[rows])[held]))
             done += count
         return np.concatenate([rows for rows, _ in found]), np.concatenate([columns for _, columns in found])
 

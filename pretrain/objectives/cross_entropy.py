@@ -22,7 +22,7 @@ def chunk_loss(logits: Tensor, targets: Tensor, softcap: float, z_loss: float) -
         capped = torch.tanh(wide / softcap)
         wide = softcap * capped
     valid = targets != IGNORED
-    index = torch.where(valid, targets, 0)[:, None]
+    index = torch.where(valid, targets, 0).long()[:, None]
     log_z = torch.logsumexp(wide, dim=-1, keepdim=True)
     nll = torch.where(valid, (log_z - wide.gather(-1, index))[:, 0], 0.0).sum()
     z_sum = torch.where(valid, log_z[:, 0].square(), 0.0).sum() * z_loss
@@ -85,7 +85,7 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sums over valid targets of the cross entropy and of z_loss * logsumexp^2 (PaLM), as fp32 scalars.
 
-    hidden [N, E], weight [V, E], targets [N] int64 with -100 where there is no loss. `softcap` c replaces logits l
+    hidden [N, E], weight [V, E], targets [N] int32 or int64 with -100 where there is no loss. `softcap` c replaces logits l
     by c * tanh(l / c). Only the sum of the two results may be differentiated: the gradient was made for that sum.
     `chunk` is `chunk_loss` or a compiled version of it.
     """
