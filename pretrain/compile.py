@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-COMPILE_SECONDS = 60.0  # a cold compile of blocks and loss on 2 cores; on a GPU machine about the same
+COMPILE_SECONDS = 30.0  # a cold compile of blocks and loss: 10 to 30 s on 2 cores, measured
 EAGER_FLOPS = {"cpu": 2e11, "cuda": 2e14}  # model FLOPs a second and process before compiling, roughly
 
 

@@ -1,6 +1,7 @@
 """The training run: build -> loop -> step."""
 
 import json
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,8 +129,11 @@ def loop(
     if position.step != saved:
         save(store, engine, position, metrics)
     if position.step < total and metrics is not None:
-        why = "by a signal" if bool(stopping) else "as train.stop_at says,"
-        metrics.print(f"stopped {why} at step {position.step} of {total}; the same command resumes there")
+        if bool(stopping):
+            command = shlex.join(["pretrain", "run", str(Path(config.run.dir) / "config.toml")])
+            metrics.print(f"stopped by a signal at step {position.step} of {total}; resume with: {command}")
+        else:
+            metrics.print(f"stopped at step {position.step} of {total}, as train.stop_at says; resume without it")
 
 
 def train_step(

@@ -85,7 +85,7 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sums over valid targets of the cross entropy and of z_loss * logsumexp^2 (PaLM), as fp32 scalars.
 
-    hidden [N, E], weight [V, E], targets [N] int32 or int64 with -100 where there is no loss. `softcap` c replaces logits l
+    hidden [N, E], weight [V, E], targets [N] int32 or int64, -100 where there is no loss. `softcap` c replaces logits l
     by c * tanh(l / c). Only the sum of the two results may be differentiated: the gradient was made for that sum.
     `chunk` is `chunk_loss` or a compiled version of it.
     """
