@@ -17,7 +17,7 @@ GRACE_SECONDS = 30.0  # between asking ranks to end and ending them
 CPU_MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the largest that glibc takes
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
 

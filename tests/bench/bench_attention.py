@@ -19,14 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from launch.local import CPU_MALLOC
 from pretrain.models.layers.attention import AttentionMask, attention
 
-ALLOCATOR = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "MALLOC_TOP_PAD_": str(1 << 28),
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-}
 TOKENS = 4096  # in a batch, whatever the sequence length
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -91,9 +86,9 @@ def main() -> None:
         "--cpu-time", action="store_true", help="count CPU time of one thread: for a machine with other work on it"
     )
     options = parser.parse_args()
-    if any(os.environ.get(key) != value for key, value in ALLOCATOR.items()):
+    if any(os.environ.get(key) != value for key, value in CPU_MALLOC.items()):
         command = [sys.executable, "-m", "tests.bench.bench_attention", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, **ALLOCATOR})
+        os.execve(sys.executable, command, {**os.environ, **CPU_MALLOC})
     torch.manual_seed(0)
     clock = time.perf_counter
     if options.cpu_time:

@@ -12,21 +12,9 @@ from pathlib import Path
 import pytest
 
 from checkpoints.store import CheckpointStore
+from tests.small import small_overrides
 
 COMMAND = [sys.executable, "-m", "launch.cli"]
-SMALL = [
-    "model.layers=2",
-    "model.hidden=48",
-    "model.heads=3",
-    "model.ffn=96",
-    "data.seq_len=64",
-    "train.global_batch=8",
-    "train.micro_batch=4",
-    "train.compile=off",
-    "log.tensorboard=false",
-    "schedule.name=cosine",
-    "schedule.warmup=1",
-]
 
 
 def pretrain(*arguments: str, timeout: float = 120, **options) -> subprocess.CompletedProcess:
@@ -37,7 +25,19 @@ def pretrain(*arguments: str, timeout: float = 120, **options) -> subprocess.Com
 
 
 def small_run(folder: Path, shards: Path, *overrides: str) -> list[str]:
-    return ["run", "tiny", *SMALL, f'data.sources=[{{shards="{shards}/train-*.tar"}}]', f"run.dir={folder}", *overrides]
+    return ["run", "tiny", *small_overrides(folder, shards), *overrides]
+
+
+def start(arguments: list[str], metrics: Path, lines: int) -> subprocess.Popen:
+    """A run in the background that has logged so many steps."""
+    command = [*COMMAND, *arguments]
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= lines):
+        time.sleep(0.1)
+    return started
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -123,13 +123,8 @@ def test_unknown_options_are_not_taken_for_overrides():
 @pytest.mark.slow
 def test_two_processes_train_stop_on_sigterm_and_resume(tmp_path, tiny_shards):
     arguments = small_run(tmp_path / "run", tiny_shards, "train.steps=400", "checkpoint.every=1000", "--nproc", "2")
-    started = subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
     metrics = tmp_path / "run/metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        time.sleep(0.1)
+    started = start(arguments, metrics, lines=4)
     started.send_signal(signal.SIGTERM)
     output, _ = started.communicate(timeout=90)
     assert started.returncode == 0, output
@@ -146,13 +141,7 @@ def test_two_processes_train_stop_on_sigterm_and_resume(tmp_path, tiny_shards):
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_and_is_named(tmp_path, tiny_shards):
     arguments = small_run(tmp_path / "run", tiny_shards, "train.steps=100000", "--nproc", "2")
-    started = subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    metrics = tmp_path / "run/metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 1):
-        time.sleep(0.1)
+    started = start(arguments, tmp_path / "run/metrics.jsonl", lines=2)
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
     output, _ = started.communicate(timeout=60)

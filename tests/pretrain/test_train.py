@@ -19,27 +19,13 @@ from pretrain.load import load_trained, run_tokenizer
 from pretrain.metrics import Metrics
 from pretrain.train import train
 from tests.ranks import run_ranks
+from tests.small import small_overrides
 
 ALONE = World(0, 1, torch.device("cpu"))
-SMALL = [
-    "model.layers=2",
-    "model.hidden=48",
-    "model.heads=3",
-    "model.ffn=96",
-    "data.seq_len=64",
-    "train.global_batch=8",
-    "train.micro_batch=4",
-    "train.precision=fp32",
-    "train.compile=off",
-    "log.tensorboard=false",
-    "schedule.name=cosine",
-    "schedule.warmup=1",
-]
 
 
 def small_config(run_dir: Path, shards: Path, *overrides: str) -> RunConfig:
-    source = f'data.sources=[{{shards="{shards}/train-*.tar"}}]'
-    return resolve("tiny", [*SMALL, source, f"run.dir={run_dir}", *overrides])[0]
+    return resolve("tiny", [*small_overrides(run_dir, shards), "train.precision=fp32", *overrides])[0]
 
 
 def losses(run_dir: Path) -> list[float]:
