@@ -23,12 +23,12 @@ def generate(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = load_trained(run_dir, args.step, device)
     tokenizer = run_tokenizer(run_dir)
-    prompt = torch.tensor(tokenizer.encode(args.prompt).tolist(), dtype=torch.int64, device=device)
+    prompt = torch.tensor(tokenizer.encode_prompt(args.prompt).tolist(), dtype=torch.int64, device=device)
+    options = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
+    new = generate_tokens(trained.model, prompt, max_new_tokens=args.max_new_tokens, eos_id=tokenizer.eos_id, **options)
     tokens = prompt.tolist()
     shown = tokenizer.decode(tokens)
     print(shown, end="", flush=True)
-    options = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
-    new = generate_tokens(trained.model, prompt, max_new_tokens=args.max_new_tokens, eos_id=tokenizer.eos_id, **options)
     for token in new:
         tokens.append(token)
         text = tokenizer.decode(tokens)

@@ -12,30 +12,13 @@ from torch import Generator, Tensor, nn
 
 from pretrain.models.decoder.config import DecoderConfig
 from pretrain.models.layers.attention import AttentionMask, attention
+from pretrain.models.layers.cache import KVCache
 from pretrain.models.layers.linear import fused_linear
 from pretrain.models.layers.mlp import MLP, GatedMLP
 from pretrain.models.layers.norm import make_norm
 from pretrain.models.layers.rope import cos_sin, rotate
 
 Rotation = tuple[Tensor, Tensor]  # cos, sin: [B, S, 1, D / 2]
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, by layer; [B, T, K, D] each."""
-
-    def __init__(self) -> None:
-        self.entries: dict[str, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def length(self) -> int:
-        return next(iter(self.entries.values()))[0].shape[1] if self.entries else 0
-
-    def append(self, layer: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self.entries:
-            past_k, past_v = self.entries[layer]
-            k, v = torch.cat((past_k, k), dim=1), torch.cat((past_v, v), dim=1)
-        self.entries[layer] = (k, v)
-        return k, v
 
 
 class Attention(nn.Module):
