@@ -75,6 +75,16 @@ class Tokenizer:
         """Ids [n] of one text, without special tokens."""
         return self.encode_batch([text])[0]
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Ids [n] of a prompt as Hugging Face's ``tokenizer(text)`` gives them: with the special tokens that its
+        post-processor adds (the first one of Llama, Gemma, Mistral), and those that the text spells.
+        """
+        self._fast.encode_special_tokens = False
+        try:
+            return np.array(self._fast.encode(text).ids, dtype=self.dtype)
+        finally:
+            self._fast.encode_special_tokens = True
+
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """The text of ids [n]."""
         return self._fast.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)

@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from data_pipeline.sources.stdlib import tiny_files
@@ -99,7 +99,7 @@ def test_hugging_face_reads_the_same_tokenizer(trained, texts, tmp_path, model_t
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in [*texts[:5], *HARD]:
         ids = tokenizer.encode(text).tolist()
-        assert theirs(text).input_ids == ids
+        assert theirs(text).input_ids == tokenizer.encode_prompt(text).tolist() == ids
         assert theirs.decode(ids) == text
     assert (theirs.eos_token_id, theirs.bos_token_id, theirs.unk_token_id, theirs.pad_token_id) == (2, 1, 0, 3)
 
@@ -165,6 +165,27 @@ def test_end_of_text_from_config_or_argument(tmp_path) -> None:
     assert tokenizer.eos_id == 256
     tokenizer.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["extra"] == 1
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": False, "add_eos_token": True}])  # theirs ignores them too
+def test_prompts_begin_as_hugging_faces_do_and_documents_stay_without(tmp_path, flags) -> None:
+    byte_level(tmp_path, bos_token="<s>", eos_token="</s>")
+    fast = FastTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **flags}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ["a b", "", "é 日本", "it ends </s> here"]:
+        assert tokenizer.encode_prompt(text).tolist() == theirs(text).input_ids
+        assert not {256, 257}.intersection(tokenizer.encode(text).tolist())
+    assert tokenizer.encode_prompt("a").tolist() == [256, 64]
+
+
+def test_prompt_of_ours_takes_spelled_special_tokens(trained) -> None:
+    tokenizer, folder = trained
+    assert tokenizer.encode_prompt(SPELLED).tolist() == AutoTokenizer.from_pretrained(folder)(SPELLED).input_ids
+    assert tokenizer.eos_id in tokenizer.encode_prompt(SPELLED)
 
 
 def test_bad_tokenizers(tmp_path) -> None:
