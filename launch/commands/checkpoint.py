@@ -1,14 +1,13 @@
 """pretrain checkpoint list, verify"""
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from checkpoints.store import CheckpointInfo, CheckpointStore
+from launch.progress import progress_bar
 
 
 def list_(args: argparse.Namespace) -> None:
@@ -29,14 +28,13 @@ def verify(args: argparse.Namespace) -> int:
             raise FileNotFoundError(f"{args.run} has no checkpoint of step {args.step}")
     store = CheckpointStore(Path(args.run) / "checkpoints")
     damaged = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
+    console = Console(soft_wrap=True, highlight=False)
+    with progress_bar(console) as bar:
         for info in infos:
-            task = progress.add_task(f"step {info.step}", total=info.bytes)
-            problems = store.verify(info.step, partial(progress.advance, task))
+            problems = store.verify(info.step, bar(f"step {info.step}", info.bytes))
             damaged += bool(problems)
             for line in problems or ["whole"]:
-                progress.console.print(f"step {info.step}: {line}", soft_wrap=True, highlight=False)
+                console.print(f"step {info.step}: {line}")
     return 1 if damaged else 0
 
 

@@ -1,15 +1,11 @@
 """pretrain checkpoint export, import"""
 
 import argparse
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from checkpoints.hf import convert
@@ -20,6 +16,7 @@ from checkpoints.hf.tokenizer import copy_tokenizer, has_tokenizer
 from checkpoints.hf.verify import Trace, prove_logits, prove_tensors
 from checkpoints.manifest import MANIFEST, Manifest
 from checkpoints.store import CheckpointStore
+from launch.progress import progress_bar
 from parallel.materialise import named_tensors
 from pretrain.config import load_run_config, validate, write_config
 from pretrain.load import build_model
@@ -27,8 +24,6 @@ from pretrain.models import FAMILIES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEPT = "huggingface.json"  # in a run's folder: what its import had kept
-SECONDS_WITHOUT_BAR = 2
-Advance = Callable[[int], None]
 
 
 def export(args: argparse.Namespace) -> None:
@@ -87,6 +82,8 @@ def import_(args: argparse.Namespace) -> None:
         model = convert.look_at(folder, brands)
         seq_len = min(512, model.config["max_seq_len"])
         tree = {"run": {"dir": str(run_dir)}, "model": model.config, "data": {"seq_len": seq_len}}
+        if has_tokenizer(folder):
+            tree["tokenizer"] = {"path": str(run_dir / "tokenizer")}
         config = validate(tree, str(folder))
         shapes, ties = native_tensors(config.model)
         with progress_bar(Console()) as bar:
@@ -156,27 +153,3 @@ def run_native(config: Any, checkpoint: Path, tokens: Tensor, dtype: torch.dtype
     for block in blocks:
         block.register_forward_hook(lambda _, args, out: states.append(out))
     return Trace(model.logits(model(tokens)), states)
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[Callable[[str, int | None], Advance]]:
-    """Start a part with `bar(description, bytes)`, move it with what that gives; shown once 2 s have passed."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    begin = time.monotonic()
-
-    def start(description: str, total: int | None) -> Advance:
-        task = progress.add_task(description, total=total)
-
-        def advance(count: int) -> None:
-            progress.advance(task, count)
-            if time.monotonic() - begin > SECONDS_WITHOUT_BAR:
-                progress.start()
-
-        advance(0)
-        return advance
-
-    try:
-        yield start
-    finally:
-        progress.stop()

@@ -1,16 +1,21 @@
 """Every brand: Hugging Face -> run -> Hugging Face, equal by logits, by every tensor's bits and by config."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoints.hf.brand import Misfit, choose_brand
 from checkpoints.hf.ops import bind
+from launch.cli import main
+from launch.commands import results
 from launch.commands.convert import native_tensors
 from pretrain.config import recipe_names, resolve
 from pretrain.generate import generate
@@ -19,6 +24,7 @@ from pretrain.models.decoder.config import DecoderConfig
 from pretrain.models.decoder.hf import BRANDS
 from tests.checkpoints.hf.tiny import CASES, VOCAB, checkpoint_command, load_tokenizer, save_model, tiny_tokenizer
 
+TEXT = "the lazy fox jumps"
 LENGTH = 60  # longer than every window, and than what RoPE is stretched from
 
 
@@ -68,22 +74,45 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3", "olmo2", "gemma3", "smollm3", "gpt2"])
-def test_tokenizer_comes_along_and_greedy_tokens_agree(name: str, tmp_path: Path) -> None:
+def test_tokenizer_comes_along_and_greedy_tokens_agree(name: str, tmp_path: Path, monkeypatch) -> None:
     theirs, run, back = save_model(CASES[name], tmp_path / "hf"), tmp_path / "run", tmp_path / "back"
-    tokenizer = tiny_tokenizer()
-    tokenizer.save(theirs)
+    tiny_tokenizer().save(theirs)
     checkpoint_command("import", theirs, run)
     checkpoint_command("export", run, back)
 
-    loaded = load_tokenizer(back)
-    text = "the lazy fox jumps"
-    prompt = tokenizer.encode(text).astype("int64")
-    assert loaded.encode(text, add_special_tokens=False) == prompt.tolist()
+    assert_greedy_tokens_agree(run, back, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "mistral"])  # whose tokenizers begin every text with a token
+def test_greedy_tokens_agree_where_the_tokenizer_adds_a_first_token(name: str, tmp_path: Path, monkeypatch) -> None:
+    theirs, run, back = save_model(CASES[name], tmp_path / "hf"), tmp_path / "run", tmp_path / "back"
+    tiny_tokenizer().save(theirs)
+    fast = FastTokenizer.from_file(str(theirs / "tokenizer.json"))
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast.save(str(theirs / "tokenizer.json"))
+    checkpoint_command("import", theirs, run)
+    checkpoint_command("export", run, back)
+    assert load_tokenizer(back)(TEXT).input_ids[0] == 1
+    assert_greedy_tokens_agree(run, back, monkeypatch)
+
+
+def assert_greedy_tokens_agree(run: Path, back: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the command `pretrain generate` makes of a text, and those that transformers makes of it."""
+    made: list[int] = []
+
+    def recorded(model: Any, tokens: torch.Tensor, **options: Any) -> Iterator[int]:
+        made.extend(tokens.tolist())
+        for token in generate(model, tokens, **options):
+            made.append(token)
+            yield token
+
+    monkeypatch.setattr(results, "generate_tokens", recorded)
+    assert main(["--debug", "generate", str(run), TEXT, "--max-new-tokens", "20"]) == 0
     model: Any = AutoModelForCausalLM.from_pretrained(back)
-    expected = model.generate(torch.from_numpy(prompt)[None], max_new_tokens=20, do_sample=False, eos_token_id=-1)
-    native = load_trained(run).model
-    ours = list(generate(native, torch.from_numpy(prompt), max_new_tokens=20))
-    assert ours == expected[0, len(prompt) :].tolist()
+    expected = model.generate(**load_tokenizer(back)(TEXT, return_tensors="pt"), max_new_tokens=20, do_sample=False)
+    eos = model.generation_config.eos_token_id
+    assert made == [token for token in expected[0].tolist() if token != eos]
+    assert len(made) > 15
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
