@@ -9,11 +9,23 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from checkpoints.store import CheckpointStore
+from data_pipeline.build import TrainTokenizer, build
+from data_pipeline.reader import TokenDataset
 from launch.commands.convert import native_tensors
 from parallel.materialise import named_tensors
+from pretrain.config import load_run_config
+from pretrain.data import with_tokenizer, with_vocabulary
 from pretrain.load import load_trained
 from pretrain.models.decoder.config import DecoderConfig
-from tests.checkpoints.hf.tiny import CASES, VOCAB, checkpoint_command, load_tokenizer, save_model, tiny_tokenizer
+from tests.checkpoints.hf.tiny import (
+    CASES,
+    TEXT,
+    VOCAB,
+    checkpoint_command,
+    load_tokenizer,
+    save_model,
+    tiny_tokenizer,
+)
 
 
 @pytest.fixture
@@ -80,6 +92,25 @@ def test_an_import_is_a_whole_checkpoint_of_step_0(run: Path) -> None:
     store = CheckpointStore(run / "checkpoints")
     assert store.newest_whole() == 0 and store.verify(0) == []
     assert checkpoint_command("verify", run) == 0
+
+
+def test_an_imported_run_trains_on_with_its_own_tokenizer(tmp_path: Path) -> None:
+    theirs, run = save_model(CASES["llama3"], tmp_path / "hf"), tmp_path / "run"
+    tiny_tokenizer().save(theirs)
+    checkpoint_command("import", theirs, run)
+    config = with_tokenizer(load_run_config(run))
+    assert Path(config.tokenizer.path) == run / "tokenizer" and config.model.vocab_size == VOCAB
+    (tmp_path / "text.txt").write_text("\n".join(TEXT))
+    own, other = tmp_path / "own", tmp_path / "other"
+    build([str(tmp_path / "text.txt")], own, tokenizer=run / "tokenizer", workers=1, progress=False)
+    build([str(tmp_path / "text.txt")], other, tokenizer=TrainTokenizer(vocab_size=294), workers=1, progress=False)
+    assert with_vocabulary(config, TokenDataset(str(own / "*.tar"), vocab_size=VOCAB)) == config
+    with pytest.raises(ValueError, match=r"tokenizer.path = .*run/tokenizer"):
+        with_vocabulary(config, TokenDataset(str(other / "*.tar"), vocab_size=VOCAB))
+
+
+def test_an_import_without_tokenizer_names_none(run: Path) -> None:
+    assert load_run_config(run).tokenizer.path == ""
 
 
 def test_a_checkpoint_folder_and_a_step_can_be_named(run: Path, tmp_path: Path) -> None:
