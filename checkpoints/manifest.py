@@ -151,9 +151,9 @@ def write_durably(path: Path, content: bytes) -> FileEntry:
     return FileEntry(len(content), _digest(content))
 
 
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in `folder` survive a power cut; fsync of the files does not."""
-    handle = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Makes a file's content, or the names in a folder, survive a power cut; that of the files does not keep names."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

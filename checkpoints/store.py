@@ -28,7 +28,7 @@ from checkpoints.manifest import (
     Progress,
     TensorEntry,
     checksum,
-    fsync_folder,
+    fsync,
     write_durably,
 )
 from checkpoints.shards import read_shards, write_shards
@@ -264,12 +264,12 @@ class CheckpointStore:
             raise CheckpointError(f"{unseen[0]}; all ranks must write to one shared file system")
         write_durably(temp / MANIFEST, manifest.encode())
         for folder in (*(temp / part for part in PARTS), temp):
-            fsync_folder(folder)
+            fsync(folder)
         aside = self.folder / f".replaced-{final.name}"
         if final.exists():
             final.rename(aside)
         temp.rename(final)
-        fsync_folder(self.folder)
+        fsync(self.folder)
         if aside.exists():
             shutil.rmtree(aside)
 

@@ -7,7 +7,6 @@ first. Format: https://github.com/huggingface/safetensors
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from checkpoints.manifest import Manifest
+from checkpoints.manifest import Manifest, fsync
 from checkpoints.shards import DTYPES
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -198,11 +197,7 @@ class TensorWriter:
             return
         assert not self._places, f"never written: {sorted(self._places)[:3]}"
         for path in self._paths:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            fsync(path)
 
 
 def split_files(infos: dict[str, TensorInfo], max_bytes: int) -> list[dict[str, TensorInfo]]:

@@ -5,7 +5,6 @@ import:  folder      ->  .tmp-step-00000000/ (weights, state, manifest)   ->  re
 """
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from checkpoints.manifest import (
     Progress,
     TensorEntry,
     checksum,
-    fsync_folder,
+    fsync,
     write_durably,
 )
 from checkpoints.shards import dtype_name
@@ -260,7 +259,7 @@ def _write_manifest(folder: Path, infos: dict[str, TensorInfo], ties: dict[str, 
     manifest = Manifest(0, created, {"model": tensors, "optimizer": {}}, ties, entries)
     write_durably(folder / MANIFEST, manifest.encode())
     for part in PARTS:
-        fsync_folder(folder / part)
+        fsync(folder / part)
 
 
 @contextmanager
@@ -279,20 +278,12 @@ def new_folder(final: Path) -> Iterator[Path]:
         yield temp
         for path in temp.iterdir():
             if path.is_file():
-                _fsync(path)
-        fsync_folder(temp)
+                fsync(path)
+        fsync(temp)
         temp.rename(final)
-        fsync_folder(final.parent)
+        fsync(final.parent)
     except BaseException as error:
         shutil.rmtree(temp, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise CheckpointError(f"{final} was not written: {explain(error)[1]}") from error
         raise
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
