@@ -19,13 +19,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from data_pipeline.chunk import CHUNK_REPORT, ChunkJob, encode_chunk, inputs_hash, sample_texts, start_worker, unit_hash
+from data_pipeline.index import FORMAT_VERSION
 from data_pipeline.output import TOKENIZER, check_rejects, claimed, finished, publish, write_rejects
 from data_pipeline.paths import expand_paths
+from data_pipeline.progress import byte_bar, elapsed
 from data_pipeline.report import REPORT, BuildReport, count_rejects
-from data_pipeline.shards import FORMAT_VERSION, DatasetInfo
+from data_pipeline.shards import DatasetInfo
 from data_pipeline.sources.text import Piece, plan_pieces
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -99,7 +99,7 @@ def build(
         return done
     choice: dict[str, Any] = {"text_field": text_field, "seed": seed, "held_out": held_out}
     with claimed(out, fingerprint) as work:
-        trained = _prepare_tokenizer(tokenizer, work, pieces, **choice)
+        trained = _prepare_tokenizer(tokenizer, work, pieces, progress, **choice)
         folder: dict[str, Any] = {
             "work": str(work),
             "tokenizer": str(work / TOKENIZER),
@@ -162,7 +162,7 @@ def _describe(tokenizer: TrainTokenizer | str | Path) -> Any:
 
 
 def _prepare_tokenizer(
-    tokenizer: TrainTokenizer | str | Path, work: Path, pieces: list[Piece], **choice: Any
+    tokenizer: TrainTokenizer | str | Path, work: Path, pieces: list[Piece], progress: bool, **choice: Any
 ) -> Tokenizer:
     """The tokenizer in the work folder, trained or copied there first."""
     final, partial = work / TOKENIZER, work / f"{TOKENIZER}.partial"
@@ -172,7 +172,12 @@ def _prepare_tokenizer(
     if not final.is_dir():
         if isinstance(tokenizer, TrainTokenizer):
             texts = sample_texts(pieces, tokenizer.sample_bytes, **choice)
-            made = train_tokenizer(texts, model=tokenizer.model, vocab_size=tokenizer.vocab_size)
+            size = sum(len(text.encode()) for text in texts) / 1e6
+            what = (
+                f"training the tokenizer ({tokenizer.model}, {tokenizer.vocab_size:,} pieces) on {size:.1f} MB of text"
+            )
+            with elapsed(what, show=progress):
+                made = train_tokenizer(texts, model=tokenizer.model, vocab_size=tokenizer.vocab_size)
         else:
             made = load_tokenizer(tokenizer)
         made.save(partial)
@@ -182,20 +187,19 @@ def _prepare_tokenizer(
 
 def _run(jobs: list[ChunkJob], workers: int, progress: bool) -> None:
     todo = [job for job in jobs if not job.folder.is_dir()]
-    columns = (TextColumn("building shards"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task("", total=sum(job.num_bytes for job in jobs))
-        bar.advance(task, sum(job.num_bytes for job in jobs) - sum(job.num_bytes for job in todo))
+    total = sum(job.num_bytes for job in jobs)
+    with byte_bar("building shards", total, show=progress) as advance:
+        advance(total - sum(job.num_bytes for job in todo))
         if min(workers, len(todo)) <= 1:
             for job in todo:
-                bar.advance(task, encode_chunk(job))
+                advance(encode_chunk(job))
             return
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(workers, len(todo)), context, start_worker) as pool:
             futures = [pool.submit(encode_chunk, job) for job in todo]
             try:
                 for future in as_completed(futures):
-                    bar.advance(task, future.result())
+                    advance(future.result())
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise

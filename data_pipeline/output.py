@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.chunk import CHUNK_REJECTS, ChunkJob
+from data_pipeline.index import INDEX_SUFFIX
+from data_pipeline.paths import write_atomic
 from data_pipeline.report import REJECTS, REPORT, BuildReport, count_rejects
-from data_pipeline.shards import DATASET_FILE, INDEX_SUFFIX, write_atomic
+from data_pipeline.shards import DATASET_FILE
 
 WORK, TOKENIZER = ".building", "tokenizer"
 

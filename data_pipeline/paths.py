@@ -1,5 +1,7 @@
-"""Files for patterns a user writes."""
+"""Files: found by the patterns a user writes, and written whole or not at all."""
 
+import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,3 +39,16 @@ def expand_paths(patterns: Iterable[str | Path], *, what: str) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"{what}: the list of patterns is empty; name at least one file")
     return list(found)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; safe when several processes write the same one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

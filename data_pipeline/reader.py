@@ -1,14 +1,16 @@
 """Token shards as one list of documents, memory-mapped and addressed through their indexes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data_pipeline.index import ShardIndex, index_path, load_index
 from data_pipeline.paths import expand_paths
-from data_pipeline.shards import DatasetInfo, ShardIndex, load_index, token_dtype
+from data_pipeline.progress import byte_bar
+from data_pipeline.shards import DatasetInfo, token_dtype
 
 
 class TokenDataset:
@@ -18,6 +20,7 @@ class TokenDataset:
         shards: a path or pattern, or several: braces (``text-{000..127}.tar``) and globs (``train-*.tar``).
         vocab_size: of the model's tokenizer; checked against the shards. Needed only for shards whose folder
             has no ``dataset.json``.
+        progress: show a bar while shards without an index are scanned.
 
     Attributes:
         lengths: int64 [num_documents], tokens of each document. num_tokens: their sum.
@@ -28,7 +31,9 @@ class TokenDataset:
         index, or belongs to another vocabulary.
     """
 
-    def __init__(self, shards: str | Path | Sequence[str | Path], *, vocab_size: int | None = None) -> None:
+    def __init__(
+        self, shards: str | Path | Sequence[str | Path], *, vocab_size: int | None = None, progress: bool = True
+    ) -> None:
         patterns = [shards] if isinstance(shards, str | Path) else list(shards)
         self.paths = expand_paths(patterns, what="shards")
         self.info = DatasetInfo.load(self.paths[0].parent)
@@ -37,7 +42,7 @@ class TokenDataset:
             raise ValueError(f"shards {patterns}: folders with different token dtypes {dtypes}; read them separately")
         self.dtype = dtypes[self.paths[0].parent]
         self.vocab_size = vocab_size or (self.info.vocab_size if self.info else 1 << 32)
-        self._indexes = [self._checked_index(path) for path in self.paths]
+        self._indexes = self._load_indexes(progress)
         item = np.dtype(self.dtype).itemsize
         self.lengths = np.concatenate([index.lengths for index in self._indexes])
         self._starts = np.concatenate([index.offsets // item for index in self._indexes])
@@ -47,8 +52,15 @@ class TokenDataset:
             raise ValueError(f"shards {patterns}: {len(self.paths)} shards without a single token; build them again")
         self._maps: list[np.ndarray | None] = [None] * len(self.paths)
 
-    def _checked_index(self, path: Path) -> ShardIndex:
-        index = load_index(path, self.dtype)
+    def _load_indexes(self, progress: bool) -> list[ShardIndex]:
+        bare = [path for path in self.paths if not index_path(path).is_file()]
+        total = sum(path.stat().st_size for path in bare)
+        what = f"indexing {len(bare)} shards"
+        with byte_bar(what, total, show=progress and bool(bare), keep=False) as advance:
+            return [self._checked_index(path, advance) for path in self.paths]
+
+    def _checked_index(self, path: Path, advance: Callable[[int], None]) -> ShardIndex:
+        index = load_index(path, self.dtype, advance)
         if index.max_token >= self.vocab_size:
             raise ValueError(
                 f"{path}: holds token {index.max_token}, the tokenizer's vocabulary has {self.vocab_size} "

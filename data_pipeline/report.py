@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from data_pipeline.shards import write_atomic
+from data_pipeline.paths import write_atomic
 
 REPORT, REJECTS = "report.json", "rejects.jsonl"
 

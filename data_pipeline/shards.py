@@ -1,18 +1,11 @@
-"""Token shards on disk: WebDataset tars, and beside each an index that makes every document directly
-addressable.
+"""Token shards on disk: WebDataset tars, beside each its index (index.py), and what a folder of them shares.
 
 A document is one WebDataset sample: ``KEY.tokens`` (little-endian uint16 or uint32) and ``KEY.json`` (source,
-text bytes, number of tokens). ``SHARD.tar.idx`` is a safetensors file: arrays ``offsets`` (bytes into the
-tar), ``lengths`` (tokens), ``text_bytes`` (-1 unknown), ``keys`` (zero-padded UTF-8 rows), and the shard's
-size, sha256, dtype and largest token in its metadata. ``dataset.json`` says once a folder what all its shards
-share.
+text bytes, number of tokens). ``dataset.json`` says once a folder what all its shards share.
 """
 
 import hashlib
 import json
-import os
-import tarfile
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,14 +13,11 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as save_safetensors
 
-FORMAT_VERSION = 1
-INDEX_SUFFIX = ".idx"
+from data_pipeline.index import BLOCK, END_OF_ARCHIVE, FORMAT_VERSION, TOKEN_DTYPES, ShardIndex, index_path, make_index
+from data_pipeline.paths import write_atomic
+
 DATASET_FILE = "dataset.json"
-BLOCK = 512  # tar's unit: payloads start on a block, so the bytes of a whole shard can be viewed as tokens
-END_OF_ARCHIVE = bytes(2 * BLOCK)
 HEADER_MODE = b"0000644\0" + 2 * b"0000000\0"  # mode, user, group
 HEADER_TIME = b"00000000000\0"  # equal builds give equal bytes
 HEADER_END = b"0".ljust(101, b"\0") + b"ustar\00000".ljust(255, b"\0")  # a plain file, format version 00
@@ -67,69 +57,13 @@ class DatasetInfo:
             info = cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: not a dataset description ({error}); build the shards again") from error
-        if info.format_version > FORMAT_VERSION or info.dtype not in ("uint16", "uint32"):
+        if info.format_version > FORMAT_VERSION or info.dtype not in TOKEN_DTYPES:
             raise ValueError(
                 f"{path}: format version {info.format_version} with dtype {info.dtype!r}, readable are "
                 f"versions up to "
                 f"{FORMAT_VERSION} with uint16 or uint32; update this package"
             )
         return info
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where the documents of one shard lie. Arrays have one entry a document."""
-
-    offsets: np.ndarray  # int64, bytes from the start of the tar
-    lengths: np.ndarray  # int64, tokens
-    text_bytes: np.ndarray  # int64, UTF-8 bytes of the text; -1 unknown
-    keys: np.ndarray  # uint8 [documents, width]
-    dtype: str
-    shard_size: int
-    sha256: str
-    max_token: int
-
-    def key(self, document: int) -> str:
-        return self.keys[document].tobytes().rstrip(b"\0").decode()
-
-    def save(self, path: Path) -> None:
-        arrays = {name: getattr(self, name) for name in ("offsets", "lengths", "text_bytes", "keys")}
-        facts = {name: getattr(self, name) for name in ("dtype", "shard_size", "sha256", "max_token")}
-        # One metadata entry: safetensors writes several in random order, and equal builds must give equal
-        # bytes.
-        blob = json.dumps({"format_version": FORMAT_VERSION, **facts}, sort_keys=True)
-        write_atomic(path, save_safetensors(arrays, metadata={"shard": blob}))
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        try:
-            with safe_open(path, framework="numpy") as file:
-                facts = json.loads((file.metadata() or {})["shard"])
-                if facts.pop("format_version") > FORMAT_VERSION:
-                    raise ValueError("written by a newer version")
-                arrays = {name: file.get_tensor(name) for name in ("offsets", "lengths", "text_bytes", "keys")}
-                return cls(**arrays, **facts)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a shard index ({error}); remove it and it is built again") from error
-
-    def check(self, shard: Path) -> None:
-        """Refuse an index that was not made for this file: sizes, and offsets that point outside it."""
-        size = shard.stat().st_size
-        cure = f"restore the shard, or remove {shard.name}{INDEX_SUFFIX} to have it built again"
-        if size != self.shard_size:
-            state = "truncated" if size < self.shard_size else "changed"
-            raise ValueError(f"{shard}: {state}: {size} bytes, its index was made for {self.shard_size}; {cure}")
-        if len({len(self.offsets), len(self.lengths), len(self.text_bytes), len(self.keys)}) != 1:
-            raise ValueError(f"{shard}: its index has arrays of different lengths; {cure}")
-        item = np.dtype(self.dtype).itemsize
-        ends = self.offsets + self.lengths * item
-        bad = (self.offsets < 0) | (self.lengths < 0) | (ends > size) | (self.offsets % item != 0)
-        if bad.any():
-            first = int(np.flatnonzero(bad)[0])
-            raise ValueError(
-                f"{shard}: its index disagrees with it: document {first} at bytes {self.offsets[first]} to "
-                f"{ends[first]} of {size}; {cure}"
-            )
 
 
 class ShardWriter:
@@ -178,7 +112,7 @@ class ShardWriter:
             sha256=self._hash.hexdigest(),
             max_token=self._max_token,
         )
-        index.save(self.path.with_name(self.path.name + INDEX_SUFFIX))
+        index.save(index_path(self.path))
         self._partial.replace(self.path)
         return index
 
@@ -200,113 +134,3 @@ def tar_header(name: bytes, size: int) -> bytes:
     length = b"%011o\0" % size
     checksum = b"%06o\0 " % (HEADER_SUM + sum(name) + sum(length))
     return b"".join((name.ljust(100, b"\0"), HEADER_MODE, length, HEADER_TIME, checksum, HEADER_END))
-
-
-def make_index(rows: list[tuple[int, int, int]], keys: list[str], **facts: Any) -> ShardIndex:
-    """An index from (offset, tokens, text bytes) rows."""
-    table = np.array(rows, dtype=np.int64).reshape(-1, 3)
-    encoded = [key.encode() for key in keys]
-    width = max([len(key) for key in encoded], default=0) or 1
-    padded = np.frombuffer(b"".join(key.ljust(width, b"\0") for key in encoded), dtype=np.uint8)
-    columns = [np.ascontiguousarray(column) for column in table.T]
-    return ShardIndex(columns[0], columns[1], columns[2], padded.reshape(-1, width), **facts)
-
-
-def scan_shard(shard: Path, dtype: str) -> ShardIndex:
-    """Build the index of a shard made elsewhere (webdataset's own writer, say) by reading it once from end to end."""
-    item = np.dtype(dtype).itemsize
-    rows: dict[str, tuple[int, int]] = {}  # key -> offset, tokens
-    text_bytes: dict[str, int] = {}
-    max_token, others = 0, set()
-    with shard.open("rb") as file:
-        _check_end(shard, file)
-        try:
-            for member in tarfile.open(fileobj=file, mode="r:"):  # noqa: SIM115 (it owns nothing but file)
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                file.seek(member.offset_data)
-                if extension == "tokens":
-                    if key in rows:
-                        raise ValueError(f"{shard}: key {key} occurs twice; keys must be unique in a shard")
-                    if member.size % item:
-                        raise ValueError(
-                            f"{shard}: {member.name} has {member.size} bytes, not a multiple of {dtype}'s {item}; the "
-                            f"dtype or vocab_size given is not the one it was written with"
-                        )
-                    tokens = np.frombuffer(file.read(member.size), dtype)
-                    max_token = max(max_token, int(tokens.max(initial=0)))
-                    rows[key] = (member.offset_data, len(tokens))
-                elif extension == "json":
-                    text_bytes[key] = _text_bytes(file.read(member.size))
-                else:
-                    others.add(extension)
-        except tarfile.TarError as error:
-            raise ValueError(f"{shard}: truncated or not a tar ({error}); restore it or build it again") from error
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if not rows:
-        found = ", ".join(sorted(others)) or "nothing"
-        raise ValueError(f"{shard}: holds no .tokens member (found: {found}); build token shards from the text first")
-    table = [(*row, text_bytes.get(key, -1)) for key, row in rows.items()]
-    facts = {"dtype": dtype, "shard_size": shard.stat().st_size, "sha256": sha256, "max_token": max_token}
-    return make_index(table, list(rows), **facts)
-
-
-def _check_end(shard: Path, file: IO[bytes]) -> None:
-    size = shard.stat().st_size
-    file.seek(max(size - len(END_OF_ARCHIVE), 0))
-    if size % BLOCK or file.read() != END_OF_ARCHIVE:
-        raise ValueError(f"{shard}: truncated or not a tar: no end-of-archive mark; restore it or build it again")
-    file.seek(0)
-
-
-def load_index(shard: Path, dtype: str) -> ShardIndex:
-    """The checked index of a shard; one without an index is scanned, and the result kept beside it where
-    possible.
-    """
-    path = shard.with_name(shard.name + INDEX_SUFFIX)
-    if path.is_file():
-        index = ShardIndex.load(path)
-        index.check(shard)
-        if index.dtype != dtype:
-            raise ValueError(
-                f"{shard}: holds {index.dtype} tokens, {dtype} is expected for this vocabulary; the shard "
-                f"belongs to "
-                f"another tokenizer"
-            )
-        return index
-    index = scan_shard(shard, dtype)
-    if os.access(shard.parent, os.W_OK):
-        index.save(path)
-    return index
-
-
-def verify_shard(shard: Path) -> None:
-    """Read a shard from end to end and compare it with its index's checksum."""
-    index = ShardIndex.load(shard.with_name(shard.name + INDEX_SUFFIX))
-    index.check(shard)
-    with shard.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != index.sha256:
-        raise ValueError(f"{shard}: sha256 {found}, its index says {index.sha256}; the shard is damaged, restore it")
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; safe when several processes write the same one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _text_bytes(blob: bytes) -> int:
-    try:
-        return int(json.loads(blob)["text_bytes"])
-    except (ValueError, KeyError, TypeError):
-        return -1

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
+from data_pipeline.paths import write_atomic
 from data_pipeline.sentencepiece_model import convert_sentencepiece, train_sentencepiece
-from data_pipeline.shards import token_dtype, write_atomic
+from data_pipeline.shards import token_dtype
 
 JSON, CONFIG, MODEL = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 BESIDE = (
