@@ -1,9 +1,11 @@
 """pretrain checkpoint export, import"""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -27,10 +29,15 @@ KEPT = "huggingface.json"  # in a run's folder: what its import had kept
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write a run's checkpoint as a Hugging Face folder, and prove it equal before it gets its name."""
+    """Write a run's checkpoint as a Hugging Face folder, and prove it equal before it gets its name.
+
+    Writing and comparing tensors take the memory of two tensors, comparing logits that of the whole model in fp32.
+    """
     run_dir, checkpoint = find_checkpoint(Path(args.run), args.step)
     config = load_run_config(run_dir).model
     shapes, _ = native_tensors(config)
+    if not args.no_verify_logits:
+        check_memory(shapes)
     kept = Kept.load(run_dir / KEPT) if (run_dir / KEPT).is_file() else None
     native = config.model_dump(mode="json")
     brand = pick_brand(config, native, args.brand, kept)
@@ -136,6 +143,16 @@ def native_tensors(config: Any) -> tuple[Shapes, dict[str, str]]:
         model = FAMILIES[config.family].build(config)
     tensors, ties = named_tensors(model)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, ties
+
+
+def check_memory(shapes: Shapes) -> None:
+    """Raises ValueError where there is no room to compare logits: the whole model in fp32, ours, then theirs."""
+    needed, free = 4 * sum(map(math.prod, shapes.values())), psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"comparing logits takes the whole model in fp32, {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB of memory "
+            "are free; --no-verify-logits compares the tensors alone, one at a time"
+        )
 
 
 @torch.inference_mode()

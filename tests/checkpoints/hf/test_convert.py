@@ -2,7 +2,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -260,6 +262,20 @@ def test_disk_full_leaves_nothing(run: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "was not written: " in done.stderr and "File too large" in done.stderr
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp*"))
+
+
+def test_a_model_larger_than_memory_is_exported_without_comparing_logits(
+    run: Path, tmp_path: Path, monkeypatch
+) -> None:
+    memory = SimpleNamespace(available=4 * 50_000)  # the model has more parameters
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert "takes the whole model in fp32, 0.0 GB, but 0.0 GB of memory are free; --no-verify-logits" in refused(
+        "export", run, tmp_path / "out"
+    )
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp*"))
+    assert checkpoint_command("export", run, tmp_path / "out", "--no-verify-logits") == 0
+    memory.available = 10**9
+    assert checkpoint_command("export", run, tmp_path / "proven") == 0
 
 
 MEASURE = """
