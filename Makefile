@@ -16,6 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 	$(BIN)/pip install -c constraints.txt -e '.[test]'
 	touch $@
 
+quickstart: export CUDA_VISIBLE_DEVICES =  # two CPU processes, the same on every machine
 quickstart: .venv/core
 	$(BIN)/pretrain data build --input stdlib --out data/stdlib --vocab-size 4096 --held-out 0.02
 	$(BIN)/pretrain run quickstart --nproc 2 train.stop_at=150
@@ -48,8 +49,8 @@ format: .venv/test
 bench: .venv/test
 	$(BIN)/python -m tests.bench
 
-gpu-check:
-	$(PYTHON) -m tests.bench.gpu_check
+gpu-check: .venv/test
+	$(BIN)/python -m tests.bench.gpu_check
 
 clean:
 	rm -rf .venv data runs

@@ -78,7 +78,9 @@ class Ranks:
         for rank, reply in enumerate(replies):
             if reply["error"]:
                 kind, text = reply["error"]
-                raise KINDS[kind](f"{text} (rank {rank})" if name_rank and self.size > 1 else text) from error
+                shared = KINDS[kind](f"{text} (rank {rank})" if name_rank and self.size > 1 else text)
+                shared.on_all_ranks = True  # type: ignore[attr-defined]  # so that it is reported once
+                raise shared from error
         return [reply["result"] for reply in replies]
 
     def on_first(self, action: Callable[[], Any]) -> Any:

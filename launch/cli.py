@@ -25,11 +25,12 @@ def main(argv: list[str] | None = None) -> int:
             return start_ranks(args.nproc)
         handler: Handler = getattr(importlib.import_module(module), function)
         return handler(args) or 0
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError) as error:
+    except (ValueError, OSError) as error:
         if args.debug:
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"pretrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        where = getattr(error, "__notes__", [])  # which rank, where the others have no such error
+        if where or int(os.environ.get("RANK", "0")) == 0:
+            print(f"pretrain: error: {': '.join([*where, ' '.join(str(error).split())])}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -99,7 +100,7 @@ def _add_data(commands: Any) -> None:
     build.add_argument("--input", nargs="+", required=True, help='files, globs, or "stdlib" for Python\'s own sources')
     build.add_argument("--out", required=True, help="folder of the shards")
     build.add_argument(
-        "--tokenizer", default="unigram", help="unigram or bpe (trained with SentencePiece), a tokenizer.json, a .model"
+        "--tokenizer", default="bpe", help="bpe or unigram (trained with SentencePiece), a tokenizer.json, a .model"
     )
     build.add_argument("--vocab-size", type=int, default=8192, help="tokens of a tokenizer trained here")
     build.add_argument("--text-field", default="text", help="field of JSONL and parquet records that holds the text")
@@ -108,7 +109,7 @@ def _add_data(commands: Any) -> None:
     build.add_argument("--seed", type=int, default=1, help="seed of the held-out split")
     build.add_argument("--limit-bytes", type=int, help="read about this many bytes of input at most")
     build.add_argument(
-        "--max-reject-share", type=float, default=0.1, help="give up when more than this share of records is bad"
+        "--max-reject-share", type=float, default=0.05, help="give up when more than this share of records is bad"
     )
     inspect = _leaf(data, "inspect", "data:inspect", "show documents of shards, decoded")
     inspect.add_argument("shards", nargs="+", help="shards, or globs")
@@ -129,7 +130,11 @@ def _add_checkpoint(commands: Any) -> None:
     export.add_argument("--brand", help="Hugging Face model_type (default: the first that fits)")
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of the weights (default: as saved)")
     export.add_argument("--shard-size", default="5GB", help="largest size of one weights file")
-    export.add_argument("--no-verify-logits", action="store_true", help="skip the proof (models larger than memory)")
+    export.add_argument(
+        "--no-verify-logits",
+        action="store_true",
+        help="compare tensors only: the logits need the whole model in memory, in fp32",
+    )
     import_ = _leaf(checkpoint, "import", "convert:import_", "make a run out of a Hugging Face model's folder")
     import_.add_argument("model", help="folder with config.json and safetensors files")
     import_.add_argument("run", help="a new run's folder")

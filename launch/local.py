@@ -38,34 +38,39 @@ def start_ranks(nproc: int | None) -> int:
     if world < 1:
         raise ValueError(f"--nproc {nproc}: must be at least 1")
     if gpus and world > gpus:
-        raise ValueError(f"--nproc {world}: this machine has {gpus} GPUs; start at most one process on each")
+        raise ValueError(
+            f"--nproc {world}: this machine has {gpus} GPUs for them; start at most one on each, or hide them for a "
+            "run on the CPU (CUDA_VISIBLE_DEVICES=)"
+        )
     base = {**os.environ, STARTED: "1"}
     if not gpus:
         base = {**CPU_MALLOC, **base}
         base.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
-    command = [sys.executable, "-m", "launch.cli", *sys.argv[1:]]
+    base.pop("WORLD_SIZE", None)  # of some other job
+    # -P: the folder that the user stands in is no place to import from.
+    command = [sys.executable, "-P", "-m", "launch.cli", *sys.argv[1:]]
     if world == 1:
         sys.stdout.flush()
         os.execve(command[0], command, base)
     base |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(command, env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
-    ]
+    ranks: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGKILL if len(asked) > 2 else number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    for index in range(world):
+        if not asked:
+            ranks.append(subprocess.Popen(command, env={**base, "RANK": str(index), "LOCAL_RANK": str(index)}))
     return _wait(ranks)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
-    asked = 0
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(signal.SIGKILL if asked > 2 else number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
     while any(rank.poll() is None for rank in ranks):
         failed = next((rank for rank in ranks if rank.poll()), None)
         if failed is not None:

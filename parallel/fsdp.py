@@ -4,6 +4,7 @@ With `dp_replicate` > 1 this is HSDP: shards are replicated, and gradients all-r
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -18,14 +19,14 @@ def apply_fsdp(
     """Shard each block on its own, then what is left under `root`, in place.
 
     Gradients are summed over ranks in fp32, never averaged: the loss is already divided by the global count. With
-    `bf16` parameters are gathered in bf16, at half the bytes.
+    `bf16` the blocks' parameters are gathered in bf16, at half the bytes: what autocast would make of their matrices.
+    The embedding and the head stay fp32, and with them the residual stream, as in one process.
     """
     axes = ("dp_replicate", "dp_shard") if mesh["dp_replicate"].size() > 1 else ("dp_shard",)
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    of_blocks = replace(policy, param_dtype=torch.bfloat16 if bf16 else None)
     for block in blocks:
-        fully_shard(block, mesh=mesh[axes], mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(block, mesh=mesh[axes], mp_policy=of_blocks, reshard_after_forward=reshard_after_forward)
     # What the root holds (embedding, head) is needed again at once: gathering it twice would be waste.
     fully_shard(root, mesh=mesh[axes], mp_policy=policy, reshard_after_forward=False)
     for module in root.modules():

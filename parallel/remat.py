@@ -9,15 +9,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 Recompute = Literal["none", "selective", "full"]
 
-# Expensive to compute for their size: selective recomputation keeps their results and recomputes the rest.
-SAVED_OPS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
+# Expensive to compute for their size: selective recomputation keeps the results of these and of every fused attention
+# kernel (known by its name: torch's, flash-attn's and our own are many), and recomputes the rest.
+SAVED_OPS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 
 def apply_remat(block: nn.Module, recompute: Recompute) -> None:
@@ -34,4 +28,5 @@ def apply_remat(block: nn.Module, recompute: Recompute) -> None:
 
 
 def _policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    saved = op in SAVED_OPS or any(part in str(op) for part in ("attention", "attn"))
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE

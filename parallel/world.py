@@ -24,7 +24,8 @@ def join_world(timeout_minutes: float = 10.0) -> Iterator[World]:
     """Join the processes that torchrun or `pretrain run --nproc` started (they set RANK, WORLD_SIZE, LOCAL_RANK).
 
     Without those variables this process is alone and no process group is made. On leaving without an error all ranks
-    meet at a barrier first: gloo sometimes aborts when one process is gone before the others are done.
+    meet at a barrier first: gloo sometimes aborts when one process is gone before the others are done. An error that
+    not all ranks have alike (those carry `on_all_ranks`) gets a note that names the rank.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -38,6 +39,11 @@ def join_world(timeout_minutes: float = 10.0) -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-    yield World(rank, size, device)  # on an error the process is about to exit: leaving cleanly could hang
+    try:
+        yield World(rank, size, device)
+    except Exception as error:  # the process is about to exit: leaving the group cleanly could hang
+        if not getattr(error, "on_all_ranks", False):
+            error.add_note(f"rank {rank} of {size}")
+        raise
     dist.barrier()
     dist.destroy_process_group()

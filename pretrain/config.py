@@ -27,7 +27,7 @@ Origins = dict[str, str]  # dotted key -> where its value comes from
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunConfigSection(Section):
@@ -141,6 +141,10 @@ class RunConfig(Section):
                 f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "
                 f"{self.train.micro_batch}; change one of them"
             )
+        if self.train.stop_at > self.train.steps:
+            raise ValueError(
+                f"train.stop_at = {self.train.stop_at} is past the end, train.steps = {self.train.steps}; lower it"
+            )
         if self.eval.every and not self.eval.shards:
             raise ValueError("eval.every is set but eval.shards is empty; name held-out shards or set eval.every = 0")
         check_schedule(self.schedule, self.train.steps)
@@ -152,7 +156,7 @@ def resolve(recipe: str, overrides: list[str] | None = None) -> tuple[RunConfig,
 
     Raises FileNotFoundError for a recipe that is not there, ValueError (one line) for anything wrong in it.
     """
-    tree, origins = _load_recipe(find_recipe(recipe), seen=())
+    tree, origins = _load_recipe(find_recipe(recipe).resolve(), seen=())
     for override in overrides or []:
         key, value = _parse_override(override)
         _insert(tree, key, value, override)
@@ -207,8 +211,12 @@ def write_config(config: RunConfig, path: Path) -> None:
 
 def explain_origins(config: RunConfig, origins: Origins) -> list[tuple[str, str, str]]:
     """(dotted key, value, origin) of every resolved key, in the order of the sections."""
-    flat = _flatten(config.model_dump(mode="json"), "")
-    return [(key, repr(value), _origin(key, origins)) for key, value in flat.items()]
+    return [(key, repr(value), _origin(key, origins)) for key, value in flat_config(config).items()]
+
+
+def flat_config(config: RunConfig) -> Tree:
+    """Dotted key -> value."""
+    return _flatten(config.model_dump(mode="json"), "")
 
 
 def recipe_schema() -> Tree:
@@ -234,8 +242,8 @@ def _load_recipe(path: Path, seen: tuple[Path, ...]) -> tuple[Tree, Origins]:
     tree: Tree = {}
     origins: Origins = {}
     if base is not None:
-        beside = path.parent / f"{base}.toml" if isinstance(base, str) else path
-        tree, origins = _load_recipe(beside if beside.is_file() else find_recipe(str(base)), (*seen, path))
+        beside = path.parent / f"{str(base).removesuffix('.toml')}.toml"
+        tree, origins = _load_recipe(beside.resolve() if beside.is_file() else find_recipe(str(base)), (*seen, path))
     _merge(tree, own)
     origins.update(dict.fromkeys(_flatten(own, ""), f"recipe {path.name}"))
     return tree, origins

@@ -20,13 +20,13 @@ def open_dataset(config: RunConfig, on_first: OnFirst) -> TokenDataset:
     if config.data.sources:
         return _open(config, config.data.sources[0].shards)
     folder = Path(config.run.dir) / "data"
-    on_first(lambda: build_tiny_shards(folder))
+    on_first(lambda: build_tiny_shards(folder, config.tokenizer.path))
     return _open(config, str(folder / "train-*.tar"))
 
 
-def build_tiny_shards(folder: Path) -> None:
+def build_tiny_shards(folder: Path, tokenizer: str = "") -> None:
     """A few hundred KB of Python's own library, for a first run without any data."""
-    build(tiny_files(), folder, tokenizer=TrainTokenizer(vocab_size=2048), workers=1, progress=False)
+    build(tiny_files(), folder, tokenizer=tokenizer or TrainTokenizer(vocab_size=2048), workers=1, progress=False)
 
 
 def open_held_out(config: RunConfig) -> TokenDataset:
@@ -76,10 +76,23 @@ def _with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
 
 
+def check_tokenizer(config: RunConfig, dataset: TokenDataset, run_dir: Path) -> None:
+    """Raises ValueError when the run, its recipe and its shards do not all have the same tokenizer."""
+    known = {"tokenizer.path": Path(config.tokenizer.path) if config.tokenizer.path else None}
+    known |= {"the shards": _of_shards(dataset), "the run": run_dir / "tokenizer"}
+    prints = {name: (path, load_tokenizer(path).fingerprint) for name, path in known.items() if path and path.exists()}
+    if len({fingerprint for _, fingerprint in prints.values()}) > 1:
+        where = ", ".join(f"{name}: {path}" for name, (path, _) in prints.items())
+        raise ValueError(f"different tokenizers ({where}); build the shards with the run's, or choose another run.dir")
+
+
 def keep_tokenizer(config: RunConfig, dataset: TokenDataset, run_dir: Path) -> None:
     """Keep the tokenizer with the run, so that generating and exporting need nothing else."""
-    source = Path(config.tokenizer.path) if config.tokenizer.path else None
-    if source is None and dataset.info is not None:
-        source = dataset.paths[0].parent / dataset.info.tokenizer
-    if source is not None and source.exists() and not (run_dir / "tokenizer").exists():
+    source = Path(config.tokenizer.path) if config.tokenizer.path else _of_shards(dataset)
+    if source is not None and not (run_dir / "tokenizer").exists():
         load_tokenizer(source).save(run_dir / "tokenizer")
+
+
+def _of_shards(dataset: TokenDataset) -> Path | None:
+    folder = dataset.paths[0].parent / dataset.info.tokenizer if dataset.info else None
+    return folder if folder is not None and folder.exists() else None

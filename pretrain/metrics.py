@@ -3,9 +3,10 @@
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,36 @@ from parallel.hardware import peak_memory
 Values = Mapping[str, Tensor | float]
 
 
+class HostCopy:
+    """Numbers on their way off the device: making one waits for nothing, `read` waits for that copy alone.
+
+    A plain `.item()` would wait for everything that was queued since, the next step included. CPU tensors are kept as
+    they are and must not be written to before `read`.
+    """
+
+    def __init__(self, values: Values):
+        self._values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
+        self._copied: torch.cuda.Event | None = None
+        on_device = {k: v for k, v in self._values.items() if isinstance(v, Tensor) and v.is_cuda}
+        if on_device:
+            stacked = torch.stack([value.double() for value in on_device.values()])
+            host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            host.copy_(stacked, non_blocking=True)
+            self._values |= dict(zip(on_device, host, strict=True))
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> dict[str, float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return {k: v.item() if isinstance(v, Tensor) else v for k, v in self._values.items()}
+
+
 class Metrics:
     """Takes each step's numbers, reads them one step late, writes them everywhere.
 
-    Reading a tensor waits for its device; one call later the device has finished that step and works on the
-    following one, so the loop does not wait. Tensors handed in must not be written to again.
+    One call later the device has finished that step and works on the following one, so the loop does not wait.
+    A sink that fails (disk full, closed pipe) is named once and left alone: training goes on.
 
     Steps count from 1: `log(step)` belongs to the update after which `step` steps are done.
 
@@ -60,7 +86,8 @@ class Metrics:
         self.every = every
         self.console = console or Console(highlight=False)
         self._tensorboard = tensorboard
-        self._pending: tuple[int, float, dict[str, Tensor | float]] | None = None
+        self._pending: tuple[int, float, HostCopy] | None = None
+        self._failed: set[str] = set()
 
     def start(self, done: int, total: int) -> None:
         """Begin or continue a run of `total` steps of which `done` are taken.
@@ -96,14 +123,13 @@ class Metrics:
         """
         self._write_pending()
         now = time.perf_counter()
-        held = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
-        self._pending = (step, now - self._last, held)
+        self._pending = (step, now - self._last, HostCopy(values))
         self._last = now
 
     def log_eval(self, step: int, values: Values) -> None:
         """Write an evaluation's numbers (`eval_loss`, ...) after `step` steps, at once."""
         self._write_pending()
-        numbers = _numbers(values)
+        numbers = HostCopy(values).read()
         self._write_line(step, numbers)
         self._write_points(step, numbers)
         self.print("  ".join([f"eval at step {step}", *(f"{k} {v:.4f}" for k, v in numbers.items())]))
@@ -122,7 +148,8 @@ class Metrics:
 
     def print(self, text: str) -> None:
         """A line on the console, above the progress bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with self._tolerate("console"):
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Write what is held and close the files."""
@@ -138,7 +165,7 @@ class Metrics:
             return
         step, seconds, held = self._pending
         self._pending = None
-        numbers = _numbers(held)
+        numbers = held.read()
         rate = self.tokens_per_step / max(seconds, 1e-9)
         self._write_line(step, {**numbers, "seconds": round(seconds, 6), "tokens_per_s": round(rate, 1)})
         if self._progress is not None:
@@ -162,12 +189,24 @@ class Metrics:
 
     def _write_line(self, step: int, numbers: dict[str, float]) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        with self._tolerate("metrics.jsonl"):
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    @contextmanager
+    def _tolerate(self, sink: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if sink not in self._failed:
+                with suppress(OSError):
+                    print(f"pretrain: warning: {sink} cannot be written ({error}); training goes on", file=sys.stderr)
+            self._failed.add(sink)
 
     def _write_points(self, step: int, numbers: dict[str, float]) -> None:
         if self._writer is not None:
-            for key, value in numbers.items():
-                self._writer.add_scalar(key, value, step)
+            with self._tolerate("tensorboard"):
+                for key, value in numbers.items():
+                    self._writer.add_scalar(key, value, step)
 
 
 def drop_after(path: Path, done: int) -> None:
@@ -187,10 +226,6 @@ def step_of(line: str) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) else None
-
-
-def _numbers(values: Values) -> dict[str, float]:
-    return {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
 def _field(key: str, value: float) -> str:

@@ -1,7 +1,7 @@
 """The training run: build -> loop -> step."""
 
 import json
-import shlex
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +22,12 @@ from parallel.engine import Batch, Engine, EngineSpec, make_engine
 from parallel.hardware import device_peak_flops
 from parallel.world import World
 from pretrain.compile import decide_compile
-from pretrain.config import RunConfig, write_config
-from pretrain.data import keep_tokenizer, open_dataset, open_held_out, with_tokenizer, with_vocabulary
+from pretrain.config import RunConfig, flat_config, load_run_config, write_config
+from pretrain.data import check_tokenizer, keep_tokenizer, open_dataset, open_held_out, with_tokenizer, with_vocabulary
 from pretrain.environment import describe_environment
 from pretrain.evaluate import held_out_loss
-from pretrain.metrics import Metrics
+from pretrain.lock import RunLock
+from pretrain.metrics import HostCopy, Metrics
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
 from pretrain.optim import build_optimizer
@@ -41,13 +42,23 @@ class Position:
     cursor: int = 0  # global index of the next sample
 
 
-def train(config: RunConfig, world: World) -> Position:
+def train(config: RunConfig, world: World, resume_command: str = "the same command") -> Position:
     """Train to `train.steps`, or to a signal; every rank calls it. Returns where the run stands, checkpoint saved.
 
-    A run found in `run.dir` is continued from its newest whole checkpoint. Raises ValueError or FileNotFoundError for
-    what the user can mend.
+    A run found in `run.dir` is continued from its newest whole checkpoint. `resume_command` is what a stopped run
+    tells the user to type. Raises ValueError or FileNotFoundError for what the user can mend.
     """
     ranks = Ranks()
+    run_dir = Path(config.run.dir)
+    lock = RunLock(run_dir)
+    ranks.on_first(lock.take)
+    try:
+        return _train(config, world, ranks, resume_command)
+    finally:
+        lock.release()
+
+
+def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -> Position:
     run_dir = Path(config.run.dir)
     store = CheckpointStore(
         run_dir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every or None
@@ -62,9 +73,12 @@ def train(config: RunConfig, world: World) -> Position:
         _say(world, f"{run_dir} is at step {found} of {config.train.steps}: nothing to do; raise {key} to go on")
         return Position(found)
 
+    changes = ranks.on_first(lambda: check_changes(config, dataset, found))
     objective = OBJECTIVES[config.objective.name][1](config.objective)
-    steps_left = config.train.steps - (found or 0)
-    compiling, why = decide_compile(config.train.compile, _flops_a_step(config) * steps_left / world.size, world.device)
+    # Of the whole run, not of what is left of it: a resume must compute what the uninterrupted run would.
+    flops = _flops_a_step(config) * config.train.steps / world.size
+    compiling, why = decide_compile(config.train.compile, flops, world.device)
+    _say(world, f"model: {config.model.num_parameters():,} parameters")
     _say(world, f"compile: {'on' if compiling else 'off'} ({why})")
     if compiling:
         objective.compile()
@@ -72,8 +86,8 @@ def train(config: RunConfig, world: World) -> Position:
     position = Position() if found is None else resume(store, found, engine, world)
     if found is not None:
         _say(world, f"resuming {run_dir} at step {position.step}")
-    ranks.on_first(lambda: record_run(config, dataset, run_dir, world))
-    metrics = start_metrics(config, world, position) if world.rank == 0 else None
+        for change in changes:
+            _say(world, f"changed since the last start: {change}")
     loader = Loader(
         TokenStream(dataset, seq_len=config.data.seq_len, seed=config.run.seed),
         global_batch=config.train.global_batch,
@@ -83,8 +97,10 @@ def train(config: RunConfig, world: World) -> Position:
         cursor=position.cursor,
         prefetch=config.data.prefetch,
     )
+    ranks.on_first(lambda: record_run(config, dataset, world, position.step, changes))
+    metrics = start_metrics(config, world, position) if world.rank == 0 else None
     try:
-        loop(config, engine, objective, loader, store, metrics, held_out, position)
+        loop(config, engine, objective, loader, store, metrics, held_out, position, resume_command)
     finally:
         loader.close()
         if metrics is not None:
@@ -102,38 +118,37 @@ def loop(
     metrics: Metrics | None,
     held_out: Any,
     position: Position,
+    resume_command: str,
 ) -> None:
     """Steps until the end or a signal; evaluates and saves when due. `position` is moved along."""
     total = config.train.steps
     last = min(config.train.stop_at or total, total)
-    saved = position.step
+    first = position.step
+    stopping = False
     with stop_requests() as requested:
-        stopping = torch.zeros(())
-        while position.step < last and not bool(stopping):
+        previous = HostCopy({})
+        while position.step < last and not stopping:
             microbatches, cursor = next(loader)
             batches = [objective.collate(batch) for batch in microbatches]
-            if position.step == saved and metrics is not None:
+            if position.step == first and metrics is not None:
                 metrics.print(objective.describe(batches[0], config.model, config.train.precision, metrics.device))
             lr = learning_rate(config.schedule, position.step, total, config.optim.lr)
-            # Read at the next turn, when the device is done with it: a signal is obeyed one step later.
-            values, stopping = train_step(engine, objective, batches, lr, bool(requested))
+            values, stop = train_step(engine, objective, batches, lr, bool(requested))
+            # The step before is looked at now, while the device works on this one: nobody waits.
+            stopping = check_step(previous, position.step, store)
             position.step, position.cursor = position.step + 1, cursor
+            previous = HostCopy({**values, "stop": stop})
             if metrics is not None:
                 metrics.log(position.step, values)
             due = [every and position.step % every == 0 for every in (config.eval.every, config.checkpoint.every)]
             if held_out is not None and (due[0] or position.step == last):
                 evaluate(engine, objective, held_out, config, metrics, position.step)
-            if due[1]:
+            if due[1] or position.step == last or stopping:
+                check_step(previous, position.step, store)
                 save(store, engine, position, metrics)
-                saved = position.step
-    if position.step != saved:
-        save(store, engine, position, metrics)
     if position.step < total and metrics is not None:
-        if bool(stopping):
-            command = shlex.join(["pretrain", "run", str(Path(config.run.dir) / "config.toml")])
-            metrics.print(f"stopped by a signal at step {position.step} of {total}; resume with: {command}")
-        else:
-            metrics.print(f"stopped at step {position.step} of {total}, as train.stop_at says; resume without it")
+        why = f"by a signal; resume with: {resume_command}" if stopping else "as train.stop_at says; resume without it"
+        metrics.print(f"stopped at step {position.step} of {total} {why}")
 
 
 def train_step(
@@ -149,6 +164,22 @@ def train_step(
     norm = engine.clip_grad_norm()
     engine.step(lr)
     return {**sums, "lr": lr, "grad_norm": norm}, stopping
+
+
+def check_step(values: HostCopy, step: int, store: CheckpointStore) -> bool:
+    """Whether any rank had been asked to stop at `step`. Raises ValueError where its loss or gradient is not finite:
+    nothing good can follow, and no checkpoint of it may push out a good one.
+    """
+    numbers = values.read()
+    broken = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers.get(name, 0.0))]
+    if broken:
+        error = ValueError(
+            f"{broken[0]} is {numbers[broken[0]]} at step {step}: nothing was saved since step "
+            f"{store.newest_whole() or 0} in {store.folder}; resume there with a lower optim.lr, or look at the data"
+        )
+        error.on_all_ranks = True  # type: ignore[attr-defined]  # the numbers are sums over all ranks
+        raise error
+    return bool(numbers.get("stop"))
 
 
 def build_engine(config: RunConfig, world: World, objective: Any, compiling: bool = False) -> Engine:
@@ -172,6 +203,11 @@ def build_engine(config: RunConfig, world: World, objective: Any, compiling: boo
 def check_resume(config: RunConfig, store: CheckpointStore) -> int | None:
     """Step of the checkpoint to continue from, or None for a new run, as `run.resume` allows."""
     found = store.newest_whole()
+    if found is None and (broken := store.list()):
+        raise ValueError(
+            f"{store.folder} has {len(broken)} checkpoints and none is whole ({broken[-1].problem}); restore one, or "
+            "choose another run.dir to start anew"
+        )
     if found is None and config.run.resume == "must":
         raise FileNotFoundError(f'run.resume = "must", but {store.folder} has no whole checkpoint; check run.dir')
     if found is not None and config.run.resume == "never":
@@ -227,12 +263,33 @@ def evaluate(
     metrics.log_eval(step, values)
 
 
-def record_run(config: RunConfig, dataset: Any, run_dir: Path, world: World) -> None:
-    """What this run is, beside its results: resolved config, environment, tokenizer."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+def check_changes(config: RunConfig, dataset: Any, found: int | None) -> list[str]:
+    """Settings that differ from the last start of the run, one line each. Raises ValueError for those that would give
+    the saved position another meaning, and for another tokenizer.
+    """
+    run_dir = Path(config.run.dir)
+    check_tokenizer(config, dataset, run_dir)
+    if not found or not (run_dir / "config.toml").is_file():
+        return []
+    before, after = flat_config(load_run_config(run_dir)), flat_config(config)
+    for key in ("run.seed", "data.seq_len"):
+        if before[key] != after[key]:
+            raise ValueError(
+                f"{key} = {after[key]}, but {run_dir} was started with {before[key]}, and its place in the data counts "
+                f"on that; set it back, or choose another run.dir"
+            )
+    keys = dict.fromkeys([*before, *after])
+    return [f"{k} {before.get(k)!r} -> {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
+
+
+def record_run(config: RunConfig, dataset: Any, world: World, step: int, changes: list[str]) -> None:
+    """What this run is, beside its results: resolved config, environment, tokenizer; and a line for this start."""
+    run_dir = Path(config.run.dir)
     write_config(config, run_dir / "config.toml")
     environment = describe_environment(config.run.seed, world.size, world.device)
     (run_dir / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
+    with (run_dir / "starts.jsonl").open("a") as starts:
+        starts.write(json.dumps({"step": step, "changes": changes, **environment}) + "\n")
     keep_tokenizer(config, dataset, run_dir)
 
 

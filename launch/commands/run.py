@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 from parallel.world import join_world
@@ -12,8 +14,9 @@ from pretrain.train import train
 def run(args: argparse.Namespace) -> None:
     """Train as one of the ranks."""
     config, _ = resolve(args.recipe, args.overrides)
+    again = ["pretrain", *sys.argv[1:], *(["run.resume=auto"] if config.run.resume == "never" else [])]
     with join_world() as world:
-        train(config, world)
+        train(config, world, shlex.join(again))
 
 
 def explain(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 class ModelConfig(BaseModel):
     """What every family's config has in common: the recipe's `[model]` section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: int
     max_seq_len: int
@@ -42,4 +42,3 @@ class Family:
     build: Callable[[Any], nn.Module]
     plan: Callable[[Any], Any]
     hf: dict[str, Any]
-    megatron: Any = None

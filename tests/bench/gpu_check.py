@@ -11,6 +11,7 @@ MFU = model FLOPs (6 per matmul parameter and token, plus causal attention) over
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -72,7 +73,7 @@ def transformers_loop(config: RunConfig, steps: int) -> list[float]:
         head_dim=m.dim_per_head,
         max_position_embeddings=8192,
         tie_word_embeddings=m.tied,
-        attn_implementation="sdpa",
+        attn_implementation="flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa",
     )
     model = torch.compile(transformers.LlamaForCausalLM(llama).cuda())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ COMMAND = [sys.executable, "-m", "launch.cli"]
 
 
 def pretrain(*arguments: str, timeout: float = 120, **options) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, timeout=timeout, env=environment, check=False, **options
     )
@@ -70,7 +71,7 @@ def test_explain_says_where_each_key_comes_from():
     done = pretrain("run", "tiny", "train.steps=33", "--explain", "optim.lr=0.5")
     assert done.returncode == 0
     rows = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert rows["train.steps"].endswith("33" + rows["train.steps"].split("33", 1)[1])
+    assert rows["train.steps"].split()[1] == "33"
     assert "override train.steps=33" in rows["train.steps"]
     assert "override optim.lr=0.5" in rows["optim.lr"]
     assert "recipe tiny.toml" in rows["model.hidden"]
@@ -128,7 +129,7 @@ def test_two_processes_train_stop_on_sigterm_and_resume(tmp_path, tiny_shards):
     started.send_signal(signal.SIGTERM)
     output, _ = started.communicate(timeout=90)
     assert started.returncode == 0, output
-    assert "stopped by a signal" in output and f"pretrain run {tmp_path}/run/config.toml" in output
+    assert f"by a signal; resume with: {shlex.join(['pretrain', *arguments])}" in output
     stopped = CheckpointStore(tmp_path / "run/checkpoints").newest_whole()
     assert stopped is not None and 3 < stopped < 400
     done = pretrain(*arguments, f"train.stop_at={stopped + 3}")

@@ -16,6 +16,7 @@ from data_pipeline.tokenizer import train_tokenizer
 from parallel.world import World
 from pretrain.config import RunConfig, load_run_config, resolve
 from pretrain.load import load_trained, run_tokenizer
+from pretrain.lock import RunLock
 from pretrain.metrics import Metrics
 from pretrain.train import train
 from tests.ranks import run_ranks
@@ -134,7 +135,7 @@ def test_a_signal_saves_and_the_same_command_resumes(tmp_path, tiny_shards, caps
     monkeypatch.setattr(Metrics, "log", signal_after_two_steps)
     position = train(config, ALONE)
     assert 2 < position.step < 6
-    assert "stopped by a signal" in capsys.readouterr().out
+    assert "by a signal; resume with: the same command" in capsys.readouterr().out
     assert CheckpointStore(tmp_path / "stopped/checkpoints").newest_whole() == position.step
     train(config, ALONE)
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
@@ -200,6 +201,74 @@ def test_shards_and_tokenizer_must_agree(tmp_path, tiny_shards):
     same = f"tokenizer.path={tiny_shards / 'tokenizer'}"
     train(small_config(tmp_path / "run", bare, "train.steps=1", same), ALONE)
     assert run_tokenizer(tmp_path / "run").vocab_size == load_run_config(tmp_path / "run").model.vocab_size == 2048
+
+
+def test_a_run_goes_on_only_as_what_it_is(tmp_path, tiny_shards, capsys):
+    train(small_config(tmp_path / "run", tiny_shards, "train.steps=6", "train.stop_at=2"), ALONE)
+    for changed in ("run.seed=77", "data.seq_len=32"):
+        before = (tmp_path / "run/config.toml").read_text()
+        with pytest.raises(ValueError, match=f"{changed.replace('=', ' = ')}, but .* was started with"):
+            train(small_config(tmp_path / "run", tiny_shards, "train.steps=6", changed), ALONE)
+        with pytest.raises(ValueError, match="need 3 processes"):
+            train(small_config(tmp_path / "run", tiny_shards, "train.steps=6", "parallel.dp_shard=3"), ALONE)
+        assert (tmp_path / "run/config.toml").read_text() == before
+    train(small_config(tmp_path / "run", tiny_shards, "train.steps=6", "optim.lr=1e-4"), ALONE)
+    assert "changed since the last start: optim.lr 0.003 -> 0.0001" in capsys.readouterr().out
+    starts = [json.loads(line) for line in (tmp_path / "run/starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 2]
+    assert "optim.lr 0.003 -> 0.0001" in starts[1]["changes"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path, tiny_shards):
+    config = small_config(tmp_path / "run", tiny_shards, "train.steps=3")
+    train(config, ALONE)
+    next((tmp_path / "run/checkpoints/step-00000003/model").glob("*")).unlink()
+    metrics = (tmp_path / "run/metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="1 checkpoints and none is whole"):
+        train(config, ALONE)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == metrics
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_good_checkpoint(tmp_path, tiny_shards):
+    often = ["checkpoint.every=1", "checkpoint.keep=1"]
+    train(small_config(tmp_path / "run", tiny_shards, "train.steps=9", "train.stop_at=2", *often), ALONE)
+    with pytest.raises(ValueError, match=r"(loss|grad_norm) is (nan|inf) at step \d: nothing was saved since step \d"):
+        train(small_config(tmp_path / "run", tiny_shards, "train.steps=9", "optim.lr=1e30", *often), ALONE)
+    kept = CheckpointStore(tmp_path / "run/checkpoints").newest_whole()
+    assert 2 <= kept < 9
+    assert all(t.isfinite().all() for t in tensors(tmp_path / "run", kept).values())
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path, tiny_shards):
+    other = RunLock(tmp_path / "run")
+    other.take()
+    with pytest.raises(ValueError, match="another process is training there"):
+        train(small_config(tmp_path / "run", tiny_shards, "train.steps=1"), ALONE)
+    other.release()
+    train(small_config(tmp_path / "run", tiny_shards, "train.steps=1"), ALONE)
+
+
+def test_another_tokenizer_than_the_runs_is_refused(tmp_path, tiny_shards):
+    train(small_config(tmp_path / "run", tiny_shards, "train.steps=4", "train.stop_at=1"), ALONE)
+    shutil.rmtree(tmp_path / "run/tokenizer")
+    train_tokenizer(["another text\n" * 50], vocab_size=280).save(tmp_path / "run/tokenizer")
+    with pytest.raises(ValueError, match="different tokenizers"):
+        train(small_config(tmp_path / "run", tiny_shards, "train.steps=4"), ALONE)
+
+
+def test_the_choice_to_compile_is_that_of_the_whole_run(tmp_path, tiny_shards, monkeypatch):
+    """What is left of a run must not decide: its second half would compute other roundings than its first."""
+    seen = []
+
+    def decide(setting, flops, device):
+        seen.append(flops)
+        return False, "test"
+
+    monkeypatch.setattr("pretrain.train.decide_compile", decide)
+    for stop in (2, 4):
+        config = small_config(tmp_path / "run", tiny_shards, "train.steps=4", f"train.stop_at={stop}")
+        train(config, ALONE)
+    assert seen[0] == seen[1] > 0
 
 
 def test_an_existing_run_is_respected(tmp_path, tiny_shards, capsys):

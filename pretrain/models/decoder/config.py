@@ -69,9 +69,14 @@ class DecoderConfig(ModelConfig):
             )
         if self.dim_per_head % 2 and self.positions == "rope":
             raise ValueError(f"model.head_dim = {self.dim_per_head} is odd; rotary positions rotate pairs")
+        if self.positions == "rope" and self.rope.scaling == "none" and self.rope.factor != 1:
+            raise ValueError(f"model.rope.factor = {self.rope.factor}, but model.rope.scaling is none; name a scaling")
         kinds = {self.layer_kind(i) for i in range(self.layers)}
         if "sliding" in kinds and not self.window:
             raise ValueError("model.pattern has sliding layers, but model.window is 0; set how many keys a query sees")
+        if "sliding" not in kinds and (self.window or self.rope_local):
+            key = "window" if self.window else "rope_local"
+            raise ValueError(f'model.{key} is set, but no layer is sliding; add "sliding" to model.pattern')
         return self
 
     @property

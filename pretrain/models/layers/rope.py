@@ -28,6 +28,16 @@ class Rope:
     beta_slow: float = 1.0  # yarn: rotations below which a frequency is fully interpolated
     attention_factor: float | None = None  # yarn: scale of cos and sin; None: 0.1 ln(factor) + 1
 
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor", "original_max_seq_len"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"rope.{name} = {getattr(self, name)}: must be above 0 and finite")
+        if self.scaling == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope.low_freq_factor = {self.low_freq_factor} must be below rope.high_freq_factor = "
+                f"{self.high_freq_factor}"
+            )
+
 
 def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device | None = None) -> Tensor:
     """Angle per position of each rotated pair, [head_dim / 2] fp32."""
