@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.store import CheckpointStore
+from launch.local import free_port
 from tests.small import small_overrides
 
 COMMAND = [sys.executable, "-m", "launch.cli"]
@@ -148,6 +149,57 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(tmp_path, tiny_shards):
     output, _ = started.communicate(timeout=60)
     assert started.returncode == 1
     assert "rank 1 of 2 died (signal 9)" in output
+
+
+ONE_RANK_FAILS = """
+import sys, time
+import launch.cli, launch.commands.run as command
+
+def train(config, world, resume_command):
+    if world.rank == 1:
+        raise ValueError("shard 7 is torn")
+    time.sleep(60)
+
+command.train = train
+sys.exit(launch.cli.main(["run", "tiny"]))
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_shown_with_its_rank():
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **address, "RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-c", ONE_RANK_FAILS]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    _, errors = ranks[1].communicate(timeout=60)
+    ranks[0].kill()
+    ranks[0].communicate(timeout=60)
+    assert ranks[1].returncode == 2
+    assert errors.splitlines()[-1] == "pretrain: error: rank 1 of 2: shard 7 is torn"
+
+
+@pytest.mark.slow
+def test_impatient_signals_do_not_lose_the_save(tmp_path, tiny_shards):
+    arguments = small_run(tmp_path / "run", tiny_shards, "train.steps=100000")
+    started = start(arguments, tmp_path / "run/metrics.jsonl", lines=3)
+    for _ in range(4):  # the later ones while the last step or the save is on its way
+        started.send_signal(signal.SIGINT)
+        time.sleep(0.005)
+    output, _ = started.communicate(timeout=60)
+    assert started.returncode == 0, output
+    stopped = CheckpointStore(tmp_path / "run/checkpoints").newest_whole()
+    assert stopped is not None and CheckpointStore(tmp_path / "run/checkpoints").verify(stopped) == []
+
+
+def test_a_module_of_the_users_folder_is_not_imported(tmp_path):
+    (tmp_path / "random.py").write_text("raise SystemExit('taken from the wrong folder')")
+    script = str(Path(sys.executable).with_name("pretrain"))
+    done = subprocess.run(
+        [script, "run", "tinny"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert_one_line_error(done, "recipe 'tinny' is unknown")
 
 
 @pytest.mark.slow
