@@ -4,20 +4,24 @@ import math
 from collections.abc import Callable
 
 from checkpoints.hf.brand import Choice, Config, ConfigRow, Mapped, OnlyHf, OnlyNative, Same, misfit
+from checkpoints.hf.layers import HF_KINDS, Kinds, kinds_to_hf, kinds_to_native, layer_kinds, shortest_pattern
 from checkpoints.hf.rope import rope_to_hf, rope_to_native
 
-Kinds = list[str]  # full, sliding or nope, one a layer
 
-HF_KINDS = {"full": "full_attention", "sliding": "sliding_attention"}
+def same(**names: str) -> tuple[ConfigRow, ...]:
+    """Our key = theirs, with the same value."""
+    return tuple(Same(ours, theirs) for ours, theirs in names.items())
+
+
+def fixed(**values: object) -> tuple[ConfigRow, ...]:
+    """Our keys that this brand knows with one value alone."""
+    return tuple(OnlyNative(key, value) for key, value in values.items())
 
 
 def one_rope() -> tuple[ConfigRow, ...]:
     """All layers rotate alike."""
-    return (
-        Mapped(("rope",), ("rope_parameters",), _one_rope_to_hf, _one_rope_to_native),
-        OnlyNative("rope_local", None),
-        OnlyNative("positions", "rope"),
-    )
+    row = Mapped(("rope",), ("rope_parameters",), _one_rope_to_hf, _one_rope_to_native)
+    return row, *fixed(rope_local=None, positions="rope")
 
 
 def _one_rope_to_hf(native: Config) -> Config:
@@ -31,7 +35,7 @@ def _one_rope_to_native(hf: Config) -> Config:
 def rope_by_layer() -> tuple[ConfigRow, ...]:
     """Full and sliding layers rotate each in their way."""
     row = Mapped(("rope", "rope_local"), ("rope_parameters",), _two_ropes_to_hf, _two_ropes_to_native)
-    return row, OnlyNative("positions", "rope")
+    return row, *fixed(positions="rope")
 
 
 def _two_ropes_to_hf(native: Config) -> Config:
@@ -50,34 +54,13 @@ def _two_ropes_to_native(hf: Config) -> Config:
 # --- which layers see what ---
 
 
-def layer_kinds(native: Config) -> Kinds:
-    pattern = native["pattern"]
-    return [pattern[index % len(pattern)] for index in range(native["layers"])]
-
-
-def shortest_pattern(kinds: Kinds) -> Kinds:
-    """The shortest list that gives `kinds` when repeated."""
-    for length in range(1, len(kinds)):
-        if all(kind == kinds[index % length] for index, kind in enumerate(kinds)):
-            return kinds[:length]
-    return kinds
-
-
-def _only(native: Config, *allowed: str) -> Kinds:
-    kinds = layer_kinds(native)
-    for index, kind in enumerate(kinds):
-        if kind not in allowed:
-            raise misfit(f"model.pattern, at layer {index},", kind, list(allowed))
-    return kinds
-
-
 def _full_to_hf(native: Config) -> Config:
-    _only(native, "full")
+    layer_kinds(native, "full")
     return {}
 
 
 def _mistral_to_hf(native: Config) -> Config:
-    kinds = _only(native, "full", "sliding")
+    kinds = layer_kinds(native, "full", "sliding")
     if len(set(kinds)) > 1:
         raise misfit("model.pattern", native["pattern"], [["full"], ["sliding"]])
     return {"sliding_window": native["window"] if kinds[0] == "sliding" else None}
@@ -89,7 +72,7 @@ def _mistral_to_native(hf: Config) -> Config:
 
 
 def _qwen_to_hf(native: Config) -> Config:
-    kinds = _only(native, "full", "sliding")
+    kinds = layer_kinds(native, "full", "sliding")
     config = _layer_types_to_hf(kinds, native)
     if config["use_sliding_window"]:  # the layers from here on may slide; `layer_types` says which do
         config["max_window_layers"] = kinds.index("sliding")
@@ -99,39 +82,28 @@ def _qwen_to_hf(native: Config) -> Config:
 def _layer_types_to_hf(kinds: Kinds, native: Config) -> Config:
     sliding = "sliding" in kinds
     return {
-        "layer_types": [HF_KINDS[kind] for kind in kinds],
+        "layer_types": kinds_to_hf(kinds),
         "use_sliding_window": sliding,
         "sliding_window": native["window"] if sliding else None,
     }
 
 
-def _hf_kinds(hf: Config) -> Kinds:
-    names = {theirs: ours for ours, theirs in HF_KINDS.items()}
-    for index, kind in enumerate(hf["layer_types"]):
-        if kind not in names:
-            raise misfit(f"layer_types[{index}]", kind, list(names))
-    return [names[kind] for kind in hf["layer_types"]]
-
-
 def _qwen_to_native(hf: Config) -> Config:
-    kinds = _hf_kinds(hf)
+    kinds = kinds_to_native(hf["layer_types"])
     if "sliding" in kinds and not hf["sliding_window"]:
         raise misfit("sliding_window", hf["sliding_window"], ["a number of tokens, as layer_types has sliding layers"])
-    return {
-        "pattern": shortest_pattern(kinds),
-        "window": hf["sliding_window"] or 0 if "sliding" in kinds else 0,
-    }
+    return {"pattern": shortest_pattern(kinds), "window": hf["sliding_window"] if "sliding" in kinds else 0}
 
 
 def _smollm3_to_hf(native: Config) -> Config:
-    kinds = _only(native, "full", "sliding", "nope")
+    kinds = layer_kinds(native, "full", "sliding", "nope")
     seen = ["full" if kind == "nope" else kind for kind in kinds]
     return {"no_rope_layers": [int(kind != "nope") for kind in kinds], **_layer_types_to_hf(seen, native)}
 
 
 def _smollm3_to_native(hf: Config) -> Config:
     config = _qwen_to_native(hf)
-    kinds = _hf_kinds(hf)
+    kinds = kinds_to_native(hf["layer_types"])
     if "sliding" in kinds and not hf["use_sliding_window"]:
         raise misfit("use_sliding_window", False, ["True, as layer_types has sliding layers"])
     for index, (kind, has_rope) in enumerate(zip(kinds, hf["no_rope_layers"], strict=False)):
@@ -143,13 +115,13 @@ def _smollm3_to_native(hf: Config) -> Config:
 
 
 def _gemma_to_hf(native: Config) -> Config:
-    kinds = _only(native, "full", "sliding")
+    kinds = layer_kinds(native, "full", "sliding")
     window = native["window"] or native["max_seq_len"]  # asked for even where no layer slides
-    return {"layer_types": [HF_KINDS[kind] for kind in kinds], "sliding_window": window}
+    return {"layer_types": kinds_to_hf(kinds), "sliding_window": window}
 
 
 def _gemma_to_native(hf: Config) -> Config:
-    return {"pattern": shortest_pattern(_hf_kinds(hf)), "window": hf["sliding_window"] or 0}
+    return {"pattern": shortest_pattern(kinds_to_native(hf["layer_types"])), "window": hf["sliding_window"] or 0}
 
 
 # --- the rest ---
@@ -178,11 +150,7 @@ def _heads_to_hf(even: bool, own_head_dim: bool) -> Callable[[Config], Config]:
 
 def _heads_to_native(hf: Config) -> Config:
     heads = hf["num_attention_heads"]
-    return {
-        "heads": heads,
-        "kv_heads": hf["num_key_value_heads"] or heads,
-        "head_dim": hf.get("head_dim") or 0,
-    }
+    return {"heads": heads, "kv_heads": hf["num_key_value_heads"] or heads, "head_dim": hf.get("head_dim") or 0}
 
 
 def _head_dim(native: Config) -> int:
@@ -206,31 +174,27 @@ def layer_rows(write: Callable[[Config], Config], read: Callable[[Config], Confi
 
 
 SIZES: tuple[ConfigRow, ...] = (
-    OnlyNative("family", "decoder"),
-    Same("vocab_size", "vocab_size"),
-    Same("hidden", "hidden_size"),
-    Same("layers", "num_hidden_layers"),
-    Same("ffn", "intermediate_size"),
-    Same("max_seq_len", "max_position_embeddings"),
-    Same("norm_eps", "rms_norm_eps"),
-    Same("init_std", "initializer_range"),
-    Same("tied", "tie_word_embeddings"),
-    OnlyNative("gated", True),
+    *fixed(family="decoder", gated=True),
+    *same(
+        vocab_size="vocab_size",
+        hidden="hidden_size",
+        layers="num_hidden_layers",
+        ffn="intermediate_size",
+        max_seq_len="max_position_embeddings",
+        norm_eps="rms_norm_eps",
+        init_std="initializer_range",
+        tied="tie_word_embeddings",
+    ),
 )
-PLAIN: tuple[ConfigRow, ...] = (
-    OnlyNative("attention_scale", 0.0),
-    OnlyNative("attention_softcap", 0.0),
-    OnlyNative("embedding_scale", 1.0),
-    OnlyNative("logit_softcap", 0.0),
-)
+PLAIN = fixed(attention_scale=0.0, attention_softcap=0.0, embedding_scale=1.0, logit_softcap=0.0)
 ATTENTION_BIAS = Mapped(
     ("qkv_bias", "out_bias"),
     ("attention_bias",),
     _attention_bias_to_hf,
     lambda hf: {"qkv_bias": hf["attention_bias"], "out_bias": hf["attention_bias"]},
 )
-QKV_BIAS_ONLY = (OnlyNative("qkv_bias", True), OnlyNative("out_bias", False))
-NO_BIAS = (OnlyNative("qkv_bias", False), OnlyNative("out_bias", False))
+QKV_BIAS_ONLY = fixed(qkv_bias=True, out_bias=False)
+NO_BIAS = fixed(qkv_bias=False, out_bias=False)
 MLP_BIAS = Same("mlp_bias", "mlp_bias")
 NO_MLP_BIAS = OnlyNative("mlp_bias", False)
 WINDOW_KEYS = ("layer_types", "use_sliding_window", "sliding_window")
@@ -242,16 +206,13 @@ SMOLLM3_LAYERS = layer_rows(_smollm3_to_hf, _smollm3_to_native, "no_rope_layers"
 
 
 def norms(kind: str = "rms", position: str = "pre", qk: str = "none") -> tuple[ConfigRow, ...]:
-    return OnlyNative("norm", kind), OnlyNative("norm_position", position), OnlyNative("qk_norm", qk)
+    return fixed(norm=kind, norm_position=position, qk_norm=qk)
 
 
 def _gemma_scales_to_hf(native: Config) -> Config:
     if not math.isclose(native["embedding_scale"], native["hidden"] ** 0.5, rel_tol=1e-6):
-        raise misfit(
-            "model.embedding_scale",
-            native["embedding_scale"],
-            [f"sqrt(model.hidden) = {native['hidden'] ** 0.5}"],
-        )
+        allowed = [f"sqrt(model.hidden) = {native['hidden'] ** 0.5}"]
+        raise misfit("model.embedding_scale", native["embedding_scale"], allowed)
     scale = native["attention_scale"]
     scalar = scale**-2 if scale else _head_dim(native)
     if not math.isclose(scalar, round(scalar), rel_tol=1e-6):
@@ -293,26 +254,17 @@ def _gpt2_heads_to_hf(native: Config) -> Config:
     return {"n_head": heads}
 
 
-def _gpt2_bias_to_hf(native: Config) -> Config:
-    for key in ("qkv_bias", "out_bias", "mlp_bias"):
-        if not native[key]:
-            raise misfit(f"model.{key}", False, [True])
-    return {}
-
-
-def _gpt2_bias_to_native(hf: Config) -> Config:
-    return dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
-
-
 GPT2_CONFIG: tuple[ConfigRow, ...] = (
-    OnlyNative("family", "decoder"),
-    Same("vocab_size", "vocab_size"),
-    Same("hidden", "n_embd"),
-    Same("layers", "n_layer"),
-    Same("max_seq_len", "n_positions"),
-    Same("norm_eps", "layer_norm_epsilon"),
-    Same("init_std", "initializer_range"),
-    Same("tied", "tie_word_embeddings"),
+    *fixed(family="decoder", gated=False, positions="learned", qkv_bias=True, out_bias=True, mlp_bias=True),
+    *same(
+        vocab_size="vocab_size",
+        hidden="n_embd",
+        layers="n_layer",
+        max_seq_len="n_positions",
+        norm_eps="layer_norm_epsilon",
+        init_std="initializer_range",
+        tied="tie_word_embeddings",
+    ),
     Mapped(
         ("ffn",),
         ("n_inner",),
@@ -326,9 +278,6 @@ GPT2_CONFIG: tuple[ConfigRow, ...] = (
         lambda hf: {"heads": hf["n_head"], "kv_heads": hf["n_head"], "head_dim": 0},
     ),
     activation("activation_function", "gelu_new"),
-    Mapped(("qkv_bias", "out_bias", "mlp_bias"), (), _gpt2_bias_to_hf, _gpt2_bias_to_native),
-    OnlyNative("gated", False),
-    OnlyNative("positions", "learned"),
     Mapped(("rope", "rope_local"), (), lambda native: {}, lambda hf: {}),  # unused: positions are learned
     OnlyHf("scale_attn_weights", True),
     OnlyHf("scale_attn_by_inverse_layer_idx", False),
