@@ -21,10 +21,11 @@ from typing import Any
 
 from data_pipeline.chunk import CHUNK_REPORT, ChunkJob, encode_chunk, inputs_hash, sample_texts, start_worker, unit_hash
 from data_pipeline.index import FORMAT_VERSION
-from data_pipeline.output import TOKENIZER, check_rejects, claimed, finished, publish, write_rejects
+from data_pipeline.output import TOKENIZER, check_rejects, claimed, finished, publish, shard_files, write_rejects
 from data_pipeline.paths import expand_paths
 from data_pipeline.progress import byte_bar, elapsed
 from data_pipeline.report import REPORT, BuildReport, count_rejects
+from data_pipeline.sentencepiece_model import TRAINABLE
 from data_pipeline.shards import DatasetInfo
 from data_pipeline.sources.text import Piece, plan_pieces
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -72,14 +73,15 @@ def build(
         shard_size: text bytes a shard, about (a small corpus is cut finer to keep the workers busy).
         limit_bytes: use only so much input, whole files or pieces chosen by a hash; at least one.
         workers: processes; default one a usable CPU. The output does not depend on it.
-        max_reject_share: raise if more of the records are bad.
+        max_reject_share: raise if more of the records are bad, or more of the input's bytes are in files that cannot
+            be read to their end.
 
     Raises:
-        FileNotFoundError: no input matches. ValueError: ``out`` holds something else, or too many bad records.
+        FileNotFoundError: no input matches. ValueError: a setting is out of its range, ``out`` holds something else,
+        or too many bad records.
     """
     started = monotonic()
-    if not 0 <= held_out < 1 or shard_size < 1:
-        raise ValueError(f"held_out {held_out}: must be 0 or more and below 1; shard_size {shard_size}: 1 or more")
+    _check_settings(tokenizer, held_out, shard_size, limit_bytes, workers, max_reject_share)
     paths = expand_paths([inputs] if isinstance(inputs, str | Path) else inputs, what="input")
     total = sum(path.stat().st_size for path in paths)
     size = min(shard_size, max(MIN_CHUNK, min(total, limit_bytes or total) // CHUNKS_OF_A_SMALL_CORPUS))
@@ -112,7 +114,8 @@ def build(
         _run(jobs, workers or len(os.sched_getaffinity(0)), progress)
         chunks = [json.loads((job.folder / CHUNK_REPORT).read_text()) for job in jobs]
         write_rejects(out, jobs)
-        check_rejects(out, chunks, max_reject_share, text_field)
+        num_bytes = sum(job.num_bytes for job in jobs)
+        check_rejects(out, chunks, max_reject_share, input_bytes=num_bytes, text_field=text_field)
         splits = publish(out, jobs, chunks)
         report = BuildReport(
             out=str(out),
@@ -123,11 +126,35 @@ def build(
             rejects=count_rejects(chunks),
             seconds=round(monotonic() - started, 2),
             fingerprint=fingerprint,
+            lost_bytes=sum(chunk["lost_bytes"] for chunk in chunks),
+            files=shard_files(out, splits),
         )
         report.save(out / REPORT)
         DatasetInfo(trained.vocab_size, trained.dtype, trained.eos_id, TOKENIZER, splits).save(out)
         shutil.rmtree(work)
     return report
+
+
+def _check_settings(
+    tokenizer: TrainTokenizer | str | Path,
+    held_out: float,
+    shard_size: int,
+    limit_bytes: int | None,
+    workers: int | None,
+    max_reject_share: float,
+) -> None:
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out {held_out}: must be 0 or more and below 1")
+    if not 0 <= max_reject_share <= 1:
+        raise ValueError(f"max_reject_share {max_reject_share}: must be 0 to 1")
+    counts = {"shard_size": shard_size, "limit_bytes": limit_bytes, "workers": workers}
+    if isinstance(tokenizer, TrainTokenizer):
+        if tokenizer.model not in TRAINABLE:
+            raise ValueError(f"tokenizer model {tokenizer.model!r}: must be {' or '.join(TRAINABLE)}")
+        counts |= {"vocab_size": tokenizer.vocab_size, "sample_bytes": tokenizer.sample_bytes}
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} {count}: must be 1 or more")
 
 
 def _limited(pieces: list[Piece], limit_bytes: int | None, seed: int) -> list[Piece]:

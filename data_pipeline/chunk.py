@@ -92,6 +92,7 @@ def encode_chunk(job: ChunkJob) -> int:
     report = {
         "splits": {name: split.counts for name, split in splits.items() if split.counts["shards"]},
         "rejects": Counter(reject.reason for reject in rejects),
+        "lost_bytes": sum(reject.lost_bytes for reject in rejects),
         "unknown_tokens": unknown,
         "longest_document": {"tokens": longest[0], "source": longest[1]},
     }

@@ -23,6 +23,8 @@ class BuildReport:
     rejects: dict[str, int]  # reason -> records
     seconds: float
     fingerprint: dict[str, Any] = field(repr=False)
+    lost_bytes: int = 0  # size of the inputs that could not be read to their end
+    files: dict[str, int] = field(default_factory=dict, repr=False)  # shards and indexes -> bytes
 
     @property
     def tokens(self) -> int:
@@ -58,6 +60,8 @@ class BuildReport:
         )
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.rejects.items())
         lines.append(f"  rejected: {reasons} (see {REJECTS})" if reasons else "  rejected: none")
+        if self.lost_bytes:
+            lines.append(f"  {self.lost_bytes:,} bytes of input lie in files that cannot be read to their end")
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:

@@ -13,6 +13,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+TRAINABLE = ("bpe", "unigram")
 SPACE = "\u2581"  # SentencePiece writes a space as this letter
 CHUNK = 4000  # letters; training texts are cut so that no sentence is dropped for its length
 PROBE = "def f(x):\n\tprint( 'a  b' )\r\n\n    # naïve Σ 日本語 🎉 e\u0301 --> 3.14159\n  return x\n "
@@ -29,8 +30,8 @@ def train_sentencepiece(texts: Iterable[str], *, model: str, vocab_size: int) ->
     Args:
         model: ``"bpe"`` or ``"unigram"``.
     """
-    if model not in ("bpe", "unigram"):
-        raise ValueError(f"tokenizer model {model!r}: must be 'bpe' or 'unigram'")
+    if model not in TRAINABLE:
+        raise ValueError(f"tokenizer model {model!r}: must be {' or '.join(TRAINABLE)}")
     pieces = (text[at : at + CHUNK] for text in texts for at in range(0, len(text), CHUNK))
     result = io.BytesIO()
     try:

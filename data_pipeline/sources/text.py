@@ -41,13 +41,14 @@ class Reject(NamedTuple):
     source: str
     reason: str  # one of a few kinds, so that they can be counted
     detail: str = ""
+    lost_bytes: int = 0  # size of the piece that could not be read to its end: how much it held is unknown
 
 
 def plan_pieces(paths: list[Path], *, piece_bytes: int, text_field: str) -> list[Piece]:
     """Cut the inputs into pieces of about ``piece_bytes``, in the order of their names.
 
     Raises:
-        ValueError: two inputs have one name, or a parquet file has no column ``text_field``.
+        ValueError: a library that an input needs is not installed.
     """
     absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 (resolve would follow links)
     root = Path(os.path.commonpath([path.parent for path in absolute]))
@@ -86,7 +87,8 @@ def read_piece(piece: Piece, text_field: str) -> Iterator[Document | Reject]:
     try:
         yield from read(piece, text_field)
     except (OSError, EOFError, zlib.error) as error:
-        yield Reject(piece.name, "unreadable", f"{type(error).__name__}: {error}; the rest of the file is left out")
+        detail = f"{type(error).__name__}: {error}; the rest of the file is left out"
+        yield Reject(piece.name, "unreadable", detail, piece.num_bytes)
 
 
 def _read_text(piece: Piece, _: str) -> Iterator[Document | Reject]:
@@ -125,23 +127,31 @@ def _record(line: bytes, source: str, text_field: str) -> Document | Reject:
 def _read_parquet(piece: Piece, text_field: str) -> Iterator[Document | Reject]:
     from pyarrow import ArrowException, parquet
 
+    source = piece.name
     try:
         with parquet.ParquetFile(piece.path) as file:
-            position = 0
+            names, position = file.schema_arrow.names, 0
+            if text_field not in names:
+                detail = f"no column {text_field!r}, it has {', '.join(names)}"
+                yield Reject(piece.name, "missing field", detail, piece.num_bytes)
+                return
+            source = f"{piece.name}@{piece.start}"
             for batch in file.iter_batches(256, row_groups=[piece.start], columns=[text_field]):
                 for value in batch.column(0):
-                    source = f"{piece.name}@{piece.start}:{position}"
+                    record = f"{source}:{position}"
                     try:
-                        yield _document(value.as_py(), source)
+                        yield _document(value.as_py(), record)
                     except UnicodeDecodeError as error:
-                        yield Reject(source, "invalid UTF-8", str(error))
+                        yield Reject(record, "invalid UTF-8", str(error))
                     position += 1
-    except ArrowException as error:
-        yield Reject(f"{piece.name}@{piece.start}", "unreadable", f"{error}; the rest of the row group is left out")
+    except (ArrowException, OSError) as error:
+        yield Reject(source, "unreadable", f"{error}; the rest of it is left out", piece.num_bytes)
 
 
 def _row_groups(path: Path, text_field: str) -> list[int]:
-    """Bytes of the text column in each row group."""
+    """Bytes of the text column in each row group; a file without any such column, or that is no parquet file, counts
+    as one, which is rejected when it is read.
+    """
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -151,7 +161,7 @@ def _row_groups(path: Path, text_field: str) -> list[int]:
         with parquet.ParquetFile(path) as file:
             names, meta = file.schema_arrow.names, file.metadata
             if text_field not in names:
-                raise ValueError(f"{path}: no column {text_field!r}, it has {', '.join(names)}; set text_field")
+                return [path.stat().st_size]
             groups = [meta.row_group(group) for group in range(meta.num_row_groups)]
             return [
                 sum(
@@ -161,8 +171,8 @@ def _row_groups(path: Path, text_field: str) -> list[int]:
                 )
                 for group in groups
             ]
-    except ArrowException as error:
-        raise ValueError(f"{path}: not a parquet file ({error}); leave it out of the inputs") from error
+    except (ArrowException, OSError):
+        return [path.stat().st_size]
 
 
 def _document(value: object, source: str, *, whole_file: bool = False) -> Document | Reject:

@@ -1,7 +1,9 @@
 """A build gives equal bytes whatever the workers and kills, and says what it left out."""
 
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from data_pipeline.build import TrainTokenizer, build
 from data_pipeline.reader import TokenDataset
@@ -220,9 +223,73 @@ def test_empty_glob_and_bad_settings(corpus, tmp_path) -> None:
         build(corpus / "none-*", tmp_path / "out", tokenizer=TINY)
     with pytest.raises(FileNotFoundError, match="it is a folder"):
         build(corpus, tmp_path / "out", tokenizer=TINY)
-    with pytest.raises(ValueError, match=r"held_out 1\.5"):
-        run(corpus, tmp_path / "out", held_out=1.5)
+    nothing = TrainTokenizer(vocab_size=0)
+    cases = [
+        ({"held_out": 2}, "held_out 2: must be 0 or more and below 1"),
+        ({"held_out": float("nan")}, "held_out nan"),
+        ({"max_reject_share": -1}, "max_reject_share -1: must be 0 to 1"),
+        ({"max_reject_share": 5}, "max_reject_share 5"),
+        ({"workers": -1}, "workers -1: must be 1 or more"),
+        ({"workers": 0}, "workers 0"),
+        ({"limit_bytes": -5}, "limit_bytes -5: must be 1 or more"),
+        ({"shard_size": 0}, "shard_size 0"),
+        ({"tokenizer": nothing}, "vocab_size 0: must be 1 or more"),
+        ({"tokenizer": TrainTokenizer(sample_bytes=0)}, "sample_bytes 0"),
+        ({"tokenizer": TrainTokenizer(model="wordpiece")}, "tokenizer model 'wordpiece': must be bpe or unigram"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            run(corpus, tmp_path / "out", **options)
+        assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def given(built) -> dict:
+    return {"tokenizer": built / "tokenizer", "workers": 1, "progress": False}
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress], ids=["gz", "zst"])
+def test_torn_file_counts_with_its_size_not_as_one_record(tmp_path, given, pack) -> None:
+    lines = [json.dumps({"text": f"{number**5} words"}) for number in range(20_000)]
+    whole = pack("\n".join(lines).encode())
+    path = tmp_path / f"a.jsonl.{'gz' if pack is gzip.compress else 'zst'}"
+    path.write_bytes(whole[: len(whole) // 4])
+    with pytest.raises(ValueError, match=r"and 100\.0% of the input's bytes are in files .*: 1 unreadable"):
+        build(path, tmp_path / "out", **given)
+    (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert reject["reason"] == "unreadable" and reject["lost_bytes"] == path.stat().st_size
+    (tmp_path / "big.jsonl").write_text("\n".join(lines * 10))
+    report = build([path, tmp_path / "big.jsonl"], tmp_path / "both", **given)
+    assert report.rejects == {"unreadable": 1} and report.lost_bytes == path.stat().st_size
+    assert "cannot be read to their end" in str(report)
+
+
+def test_unreadable_parquet_ends_no_build_unless_it_is_too_much(tmp_path, given) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1" * 10)
+    (tmp_path / "good.txt").write_text("fine words " * 300)
+    report = build([tmp_path / "bad.parquet", tmp_path / "good.txt"], tmp_path / "out", max_reject_share=0.5, **given)
+    assert report.documents == 1 and report.rejects == {"unreadable": 1} and report.lost_bytes == 40
+    assert json.loads((tmp_path / "out" / "rejects.jsonl").read_text())["source"] == "bad.parquet"
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1" * 4000)
+    with pytest.raises(ValueError, match=r"8\d\.\d% of the input's bytes .* at most 50\.0% are allowed: 1 unreadable"):
+        build([tmp_path / "bad.parquet", tmp_path / "good.txt"], tmp_path / "out2", max_reject_share=0.5, **given)
+
+
+@pytest.mark.parametrize("damage", ["train-00000.tar", "train-00001.tar.idx", "cut", "tokenizer"])
+def test_finished_build_is_looked_at_and_made_whole_again(corpus, built, tmp_path, capsys, damage) -> None:
+    out = shutil.copytree(built, tmp_path / "out")
+    if damage == "cut":
+        os.truncate(out / "heldout-00000.tar", 1024)
+    elif damage == "tokenizer":
+        shutil.rmtree(out / "tokenizer")
+    else:
+        (out / damage).unlink()
+    report = run(corpus, out)
+    assert "building the shards again" in capsys.readouterr().err
+    assert contents(out) == contents(built) and not (out / ".building").exists()
+    before = (out / "train-00000.tar").stat().st_mtime_ns
+    assert run(corpus, out) == report and (out / "train-00000.tar").stat().st_mtime_ns == before
 
 
 def test_limit_takes_whole_inputs_up_to_its_size(corpus, tmp_path) -> None:

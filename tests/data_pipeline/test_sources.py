@@ -79,6 +79,7 @@ def test_truncated_or_broken_compression_loses_only_the_rest(tmp_path, suffix) -
     path.write_bytes(packed[: len(packed) // 2])
     entries = read([path])
     assert reasons(entries) == ["unreadable"]
+    assert entries[-1].lost_bytes == path.stat().st_size
     assert 0 <= len(texts(entries)) < 50_000
     path.write_bytes(packed[: len(packed) // 2] + b"\0" * 100 + packed[len(packed) // 2 + 100 :])
     assert reasons(read([path]))[-1] in ("unreadable", "invalid JSON")
@@ -105,11 +106,44 @@ def test_parquet(tmp_path) -> None:
         "a.parquet@2:0",
     ]
     assert reasons(read([path], text_field="other")) == ["not text"] * 5
-    with pytest.raises(ValueError, match="no column 'body', it has text, other"):
-        read([path], text_field="body")
-    path.write_bytes(b"PAR1 nothing")
-    with pytest.raises(ValueError, match="not a parquet file"):
-        read([path])
+    size = path.stat().st_size
+    assert read([path], text_field="body") == [
+        Reject("a.parquet", "missing field", "no column 'body', it has text, other", size)
+    ]
+
+
+def test_unreadable_parquet_is_one_reject_beside_the_others(tmp_path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "good.parquet")
+    good = (tmp_path / "good.parquet").read_bytes()
+    damaged = {
+        "nothing": b"",
+        "garbage": b"PAR1 nothing",
+        "cut": good[:-20],
+        "holed": good[:-30] + b"\xff" * 22 + good[-8:],
+    }
+    for name, data in damaged.items():
+        (tmp_path / f"{name}.parquet").write_bytes(data)
+    entries = read(list(tmp_path.glob("*.parquet")))
+    assert texts(entries) == ["one", "two"]
+    rejects = [entry for entry in entries if isinstance(entry, Reject)]
+    assert {reject.source.partition(".")[0]: reject.lost_bytes for reject in rejects} == {
+        name: len(data) for name, data in damaged.items()
+    }
+    assert reasons(entries) == ["unreadable"] * 4
+
+
+def test_broken_page_loses_only_its_row_group(tmp_path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"{number} words" * 20 for number in range(6)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=2, compression="gzip", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    start = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    entries = read([path])
+    assert [text.partition(" ")[0] for text in texts(entries)] == ["0", "1", "4", "5"]
+    (reject,) = [entry for entry in entries if isinstance(entry, Reject)]
+    assert (reject.source, reject.reason) == ("a.parquet@1", "unreadable") and reject.lost_bytes > 0
 
 
 def test_parquet_text_that_is_not_utf8(tmp_path) -> None:
