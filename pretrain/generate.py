@@ -1,7 +1,7 @@
 """Continuing a prompt, with a key/value cache."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ def generate(
     tokens: Tensor,
     *,
     max_new_tokens: int,
-    eos_id: int | None = None,
+    eos_ids: Collection[int] = (),
     temperature: float = 0.0,
     top_k: int = 0,
     seed: int = 1,
 ) -> Iterator[int]:
-    """New tokens after `tokens` [S], one by one, until `eos_id` (not yielded) or the model's longest sequence.
+    """New tokens after `tokens` [S], one by one, until one of `eos_ids` (not yielded) or the model's longest sequence.
 
     temperature 0 takes the likeliest token; else tokens are drawn, from the `top_k` likeliest when that is not 0.
     Raises ValueError, at the call and not at the first token, for an option out of its range, and for a prompt that
@@ -43,7 +43,7 @@ def generate(
         raise ValueError(f"the prompt has token {largest}, but model.vocab_size = {vocab_size}: use its own tokenizer")
     generator = torch.Generator(tokens.device).manual_seed(seed)
     num_tokens = min(max_new_tokens, longest - tokens.shape[0])
-    return _tokens(model, tokens, num_tokens, eos_id, temperature, top_k, generator)
+    return _tokens(model, tokens, num_tokens, eos_ids, temperature, top_k, generator)
 
 
 @torch.inference_mode()
@@ -51,7 +51,7 @@ def _tokens(
     model: Any,
     tokens: Tensor,
     num_tokens: int,
-    eos_id: int | None,
+    eos_ids: Collection[int],
     temperature: float,
     top_k: int,
     generator: torch.Generator,
@@ -62,7 +62,7 @@ def _tokens(
         logits = model.logits(model(fresh, cache=cache)[:, -1]).float()
         fresh = _choose(logits, temperature, top_k, generator)
         token = int(fresh)
-        if token == eos_id:
+        if token in eos_ids:
             return
         yield token
 

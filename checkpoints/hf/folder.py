@@ -12,6 +12,7 @@ from checkpoints.hf.tokenizer import special_tokens
 from checkpoints.shards import dtype_name
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+KEPT = "huggingface.json"  # in an imported run's folder
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class Kept:
     brand: str
     config: Config = field(default_factory=dict)
     generation: Config | None = None
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end a text where transformers generates with the exported model; none if it names none."""
+        ids = (self.config if self.generation is None else self.generation).get("eos_token_id")
+        return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")

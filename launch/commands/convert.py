@@ -12,7 +12,7 @@ from torch import Tensor
 
 from checkpoints.hf import convert
 from checkpoints.hf.brand import Brand, choose_brand
-from checkpoints.hf.folder import Kept
+from checkpoints.hf.folder import KEPT, Kept
 from checkpoints.hf.ops import Shapes
 from checkpoints.hf.tokenizer import copy_tokenizer, has_tokenizer
 from checkpoints.hf.verify import Trace, prove_logits, prove_tensors
@@ -25,7 +25,6 @@ from pretrain.load import build_model
 from pretrain.models import FAMILIES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KEPT = "huggingface.json"  # in a run's folder: what its import had kept
 
 
 def export(args: argparse.Namespace) -> None:

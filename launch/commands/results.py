@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoints.hf.folder import KEPT, Kept
 from checkpoints.store import CheckpointStore
 from parallel.world import join_world
 from pretrain.config import override_config
@@ -24,8 +25,16 @@ def generate(args: argparse.Namespace) -> None:
     trained = load_trained(run_dir, args.step, device)
     tokenizer = run_tokenizer(run_dir)
     prompt = torch.tensor(tokenizer.encode_prompt(args.prompt).tolist(), dtype=torch.int64, device=device)
-    options = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
-    new = generate_tokens(trained.model, prompt, max_new_tokens=args.max_new_tokens, eos_id=tokenizer.eos_id, **options)
+    kept = Kept.load(run_dir / KEPT) if (run_dir / KEPT).is_file() else None
+    new = generate_tokens(
+        trained.model,
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        eos_ids=[tokenizer.eos_id] if kept is None else kept.eos_ids,  # an imported model may have several, or none
+        temperature=args.temperature,
+        top_k=args.top_k,
+        seed=args.seed,
+    )
     tokens = prompt.tolist()
     shown = tokenizer.decode(tokens)
     print(shown, end="", flush=True)
@@ -35,7 +44,7 @@ def generate(args: argparse.Namespace) -> None:
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else: the first bytes of a character
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print()
+    print(tokenizer.decode(tokens)[len(shown) :])
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -72,7 +72,7 @@ def test_it_ends_at_the_longest_sequence_and_before_the_end_of_text(model: Any) 
     assert len(list(generate(model, prompt(LONGEST - 3), max_new_tokens=10))) == 3
     found = list(generate(model, prompt(5), max_new_tokens=10))
     end = next(index for index, token in enumerate(found) if index and token not in found[:index])
-    assert list(generate(model, prompt(5), max_new_tokens=10, eos_id=found[end])) == found[:end]
+    assert list(generate(model, prompt(5), max_new_tokens=10, eos_ids=[VOCAB, found[end]])) == found[:end]
 
 
 def test_sampling_follows_seed_temperature_and_top_k(model: Any) -> None:

@@ -80,7 +80,7 @@ def test_tokenizer_comes_along_and_greedy_tokens_agree(name: str, tmp_path: Path
     checkpoint_command("import", theirs, run)
     checkpoint_command("export", run, back)
 
-    assert_greedy_tokens_agree(run, back, monkeypatch)
+    assert len(assert_greedy_tokens_agree(run, back, monkeypatch)) > 15
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "mistral"])  # whose tokenizers begin every text with a token
@@ -93,10 +93,46 @@ def test_greedy_tokens_agree_where_the_tokenizer_adds_a_first_token(name: str, t
     checkpoint_command("import", theirs, run)
     checkpoint_command("export", run, back)
     assert load_tokenizer(back)(TEXT).input_ids[0] == 1
-    assert_greedy_tokens_agree(run, back, monkeypatch)
+    assert len(assert_greedy_tokens_agree(run, back, monkeypatch)) > 15
 
 
-def assert_greedy_tokens_agree(run: Path, back: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--temperature", "-1"), "temperature is -1.0"),
+        (("--temperature", "nan"), "temperature is nan"),
+        (("--top-k", "-5"), "top-k is -5"),
+        (("--seed", "1" + "0" * 23), "seed is 1000"),
+        (("--max-new-tokens", "0"), "max-new-tokens is 0"),
+    ],
+)
+def test_options_that_mean_nothing_print_nothing(words: tuple[str, str], message: str, tmp_path: Path, capsys) -> None:
+    tiny_tokenizer().save(save_model(CASES["llama3"], tmp_path / "hf"))
+    checkpoint_command("import", tmp_path / "hf", tmp_path / "run")
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), TEXT, *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"pretrain: error: {message}") and err.count("\n") == 1
+
+
+def test_any_of_several_end_tokens_ends_a_text(tmp_path: Path, monkeypatch) -> None:
+    """As in Llama 3's chat models, whose generation_config.json lists three."""
+    theirs, run, back = save_model(CASES["llama3"], tmp_path / "hf"), tmp_path / "run", tmp_path / "back"
+    tiny_tokenizer().save(theirs)
+    checkpoint_command("import", theirs, run)
+    checkpoint_command("export", run, back)
+    tokens = assert_greedy_tokens_agree(run, back, monkeypatch)
+    prompt = tiny_tokenizer().encode_prompt(TEXT).tolist()
+    end = next(token for token in tokens[len(prompt) + 5 :] if token not in prompt)
+    for folder in (theirs, back):
+        generation = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": [2, end]}
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    checkpoint_command("import", theirs, tmp_path / "again")
+    shorter = assert_greedy_tokens_agree(tmp_path / "again", back, monkeypatch)
+    assert shorter == tokens[: tokens.index(end)]
+
+
+def assert_greedy_tokens_agree(run: Path, back: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Those that the command `pretrain generate` makes of a text, and those that transformers makes of it."""
     made: list[int] = []
 
@@ -111,8 +147,9 @@ def assert_greedy_tokens_agree(run: Path, back: Path, monkeypatch: pytest.Monkey
     model: Any = AutoModelForCausalLM.from_pretrained(back)
     expected = model.generate(**load_tokenizer(back)(TEXT, return_tensors="pt"), max_new_tokens=20, do_sample=False)
     eos = model.generation_config.eos_token_id
-    assert made == [token for token in expected[0].tolist() if token != eos]
-    assert len(made) > 15
+    tokens = expected[0].tolist()
+    assert made == (tokens[:-1] if tokens[-1] in (eos if isinstance(eos, list) else [eos]) else tokens)
+    return made
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
