@@ -80,7 +80,8 @@ def claimed(out: Path, fingerprint: dict[str, Any]) -> Iterator[Path]:
             raise ValueError(
                 f"{out}: another process is building here; wait for it or choose another folder"
             ) from error
-        if plan.is_file():
+        # A plan that failed before it had a tokenizer has built nothing: the corrected command takes its place.
+        if plan.is_file() and any((folder / TOKENIZER).is_dir() for folder in (work, out)):
             _same_build(out, json.loads(plan.read_text()), fingerprint)
         else:
             write_atomic(plan, json.dumps(fingerprint, indent=2).encode())

@@ -308,3 +308,9 @@ def test_large_vocabulary_is_written_as_uint32(corpus, tmp_path) -> None:
     small, wide = (TokenDataset(tmp_path / name / "train-*.tar") for name in ("small", "wide"))
     assert wide.dtype == "uint32"
     assert all(np.array_equal(small.document(index), wide.document(index)) for index in range(small.num_documents))
+
+
+def test_a_build_that_failed_at_once_does_not_block_the_corrected_one(corpus, tmp_path) -> None:
+    with pytest.raises(ValueError, match="vocab_size 10"):
+        run(corpus, tmp_path / "out", tokenizer=TrainTokenizer(vocab_size=10))
+    assert run(corpus, tmp_path / "out", tokenizer=TrainTokenizer(vocab_size=400)).vocab_size == 400
