@@ -1,6 +1,7 @@
 """Loss on held-out documents."""
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,8 +13,17 @@ from parallel.engine import Engine
 from pretrain.config import RunConfig
 
 
-def held_out_loss(engine: Engine, objective: Any, dataset: TokenDataset, config: RunConfig) -> dict[str, float]:
-    """{"eval_loss": nats a token, "eval_bits_per_byte": where the shards say their text's bytes}. Collective."""
+def held_out_loss(
+    engine: Engine,
+    objective: Any,
+    dataset: TokenDataset,
+    config: RunConfig,
+    watch: Callable[[list[Any]], Iterable[Any]] = iter,
+) -> dict[str, float]:
+    """{"eval_loss": nats a token, "eval_bits_per_byte": where the shards say their text's bytes}. Collective.
+
+    `watch` passes the micro-batches on, and may show how far they are.
+    """
     stream = TokenStream(dataset, seq_len=config.data.seq_len, shuffle=False)
     batches = [
         objective.collate(batch)
@@ -25,7 +35,7 @@ def held_out_loss(engine: Engine, objective: Any, dataset: TokenDataset, config:
             max_samples=config.eval.max_samples,
         )
     ]
-    sums = engine.evaluate(batches)
+    sums = engine.evaluate(watch(batches))
     count = int(engine.sum_over_data(torch.tensor(objective.count(batches))))
     if not count:
         raise ValueError(f"eval.shards = {config.eval.shards!r} hold no target to take a loss at")

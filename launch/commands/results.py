@@ -1,9 +1,12 @@
 """pretrain generate, evaluate, report"""
 
 import argparse
+import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+from rich.progress import track
 
 from checkpoints.hf.folder import KEPT, Kept
 from checkpoints.store import CheckpointStore
@@ -59,7 +62,9 @@ def evaluate(args: argparse.Namespace) -> None:
         state = engine.state_dict()
         step = CheckpointStore(run_dir / "checkpoints").load(args.step, state["model"])["step"]
         engine.load_state_dict(state)
-        values = held_out_loss(engine, objective, open_held_out(config), config)
+        hidden = world.rank > 0 or not sys.stdout.isatty()
+        watch = partial(track, description="evaluating", transient=True, disable=hidden)
+        values = held_out_loss(engine, objective, open_held_out(config), config, watch)
         if world.rank == 0:
             print("  ".join([f"step {step}", *(f"{name} {value:.4f}" for name, value in values.items())]))
 
