@@ -117,6 +117,28 @@ def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) ->
         assert error < tolerance, f"{name}: relative error {error:.2e}"
 
 
+UNABLE_ON_CPU = {
+    "sdpa": {"softcap"},
+    "document": {
+        *("prefix", "prefix-sliding", "wide-values", "softcap", "cross"),
+        *("decode-one", "decode-some", "decode-sliding", "decode-padded"),
+    },
+}
+
+
+@pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "auto"])
+def test_back_ends_refuse_what_they_cannot_do_and_nothing_else(backend: str) -> None:
+    """The other tests skip what a back end refuses: here it is said which cases those are."""
+    refused = set()
+    for name, case in CASES.items():
+        sizes = {"queries": case.queries, "keys": S, "head_dim": D, "value_dim": case.value_dim}
+        try:
+            choose_backend(case.mask, device="cpu", dtype=torch.float32, softcap=case.softcap, backend=backend, **sizes)
+        except ValueError:
+            refused.add(name)
+    assert refused == UNABLE_ON_CPU.get(backend, set())
+
+
 def skip_if_unable(case: Case, backend: str, device: str, dtype: torch.dtype) -> None:
     if backend == "auto":
         return
