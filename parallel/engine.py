@@ -13,7 +13,7 @@ from parallel.plan import Plan
 from parallel.remat import Recompute
 from parallel.world import World
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp64"]
 Batch = dict[str, Any]  # tensors, and records with a `to(device)` of their own
 Sums = dict[str, Tensor]
 
@@ -22,18 +22,26 @@ Sums = dict[str, Tensor]
 class EngineSpec:
     """All that an engine needs to know of a run: plain values and functions, never the run's config.
 
-    build: makes the model; called under the meta device. loss: (model, batch) -> sums over the batch, of which "loss"
-    is differentiated. make_optimizer: named parameters -> optimizer. clip_grad_norm: largest norm, 0 for none.
-    compile: compile blocks; the loss compiles what it wants itself.
+    build: makes the model; called under the meta device. forward: (model, batch, x) -> hidden states, x in place of
+    the batch's tokens where an earlier pipeline stage made it. loss: (model, hidden, batch) -> sums over the batch,
+    called `sums`, of which "loss" is differentiated. sequence: entries of a batch whose dim 1 context parallelism cuts.
+    make_optimizer: named parameters -> optimizer. clip_grad_norm: largest norm, 0 for none. recompute_every: of how
+    many blocks one recomputes. compile: compile blocks; the loss compiles what it wants itself. seq_len: tokens of a
+    sample.
     """
 
     build: Callable[[], nn.Module]
     plan: Plan
-    loss: Callable[[nn.Module, Batch], Sums]
+    forward: Callable[[nn.Module, Batch, Tensor | None], Tensor]
+    loss: Callable[[nn.Module, Tensor, Batch], Sums]
+    sums: tuple[str, ...]
+    sequence: tuple[str, ...]
     make_optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
     parallel: ParallelConfig
+    seq_len: int
     precision: Precision = "fp32"
     recompute: Recompute = "none"
+    recompute_every: int = 1
     compile: bool = False
     clip_grad_norm: float = 0.0
     seed: int = 0
@@ -58,7 +66,10 @@ class Engine(Protocol):
         """One optimizer update at learning rate `lr`; gradients are gone afterwards."""
 
     def sum_over_data(self, values: Tensor) -> Tensor:
-        """Elementwise sum over data ranks, on the engine's device."""
+        """Elementwise sum of integers over data ranks, on the engine's device.
+
+        Ranks that read the same data count once. Where they give different values, the sum is rounded up.
+        """
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """{"model": ..., "optimizer": ...}: flat names -> live tensors (DTensors where sharded), each storage once.

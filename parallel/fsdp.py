@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism (FSDP2): parameters, gradients and optimizer state cut over `dp_shard`.
+"""Fully sharded data parallelism (FSDP2): parameters, gradients and optimizer state cut over `dp_shard` and `cp`.
 
 With `dp_replicate` > 1 this is HSDP: shards are replicated, and gradients all-reduced over the replicas.
 """
@@ -9,30 +9,70 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from parallel.mesh import SHARD_AXIS, Mesh
 
 
 def apply_fsdp(
-    root: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, bf16: bool, reshard_after_forward: bool
+    root: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: Mesh,
+    *,
+    bf16: bool,
+    reshard_after_forward: bool,
+    cpu_offload: bool = False,
 ) -> None:
     """Shard each block on its own, then what is left under `root`, in place.
 
-    Gradients are summed over ranks in fp32, never averaged: the loss is already divided by the global count. With
-    `bf16` the blocks' parameters are gathered in bf16, at half the bytes: what autocast would make of their matrices.
-    The embedding and the head stay fp32, and with them the residual stream, as in one process.
+    Gradients are summed over ranks in fp32 (fp64 ones in fp64), never averaged: the loss is already divided by the
+    global count. With `bf16` the blocks' parameters are gathered in bf16, at half the bytes: what autocast would make
+    of their matrices. The embedding and the head stay fp32, and with them the residual stream, as in one process.
+    Raises ValueError for a parameter that cannot be cut evenly beside tensor parallelism.
     """
-    axes = ("dp_replicate", "dp_shard") if mesh["dp_replicate"].size() > 1 else ("dp_shard",)
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    of_blocks = replace(policy, param_dtype=torch.bfloat16 if bf16 else None)
+    axes = ("dp_replicate", SHARD_AXIS) if mesh["dp_replicate"].size() > 1 else (SHARD_AXIS,)
+    processes = mesh[SHARD_AXIS].size()
+    wide = torch.promote_types(next(root.parameters()).dtype, torch.float32)
+    policy = MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+
+    def shard(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool) -> None:
+        fully_shard(
+            module,
+            mesh=mesh[axes],
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            offload_policy=offload,
+            shard_placement_fn=lambda parameter: _shard_dim(parameter, processes),
+        )
+
     for block in blocks:
-        fully_shard(block, mesh=mesh[axes], mp_policy=of_blocks, reshard_after_forward=reshard_after_forward)
+        shard(block, replace(policy, param_dtype=torch.bfloat16 if bf16 else None), reshard_after_forward)
     # What the root holds (embedding, head) is needed again at once: gathering it twice would be waste.
-    fully_shard(root, mesh=mesh[axes], mp_policy=policy, reshard_after_forward=False)
+    shard(root, policy, False)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
+
+
+def _shard_dim(parameter: nn.Parameter, processes: int) -> Shard | None:
+    """The dim to cut; None: the first. Rows that tensor parallelism has cut already must be cut evenly again (torch
+    cannot name uneven pieces of pieces); else columns are.
+    """
+    if not isinstance(parameter, DTensor) or not parameter.placements[0].is_shard(0):
+        return None
+    rows = parameter.shape[0]
+    if rows % (parameter.device_mesh.size() * processes) == 0:
+        return None
+    if parameter.ndim > 1 and parameter.shape[1] % processes == 0:
+        return Shard(1)
+    tp = parameter.device_mesh.size()
+    raise ValueError(
+        f"a parameter of shape {list(parameter.shape)} cannot be cut evenly over parallel.tp = {tp} and "
+        f"parallel.dp_shard x parallel.cp = {processes}; choose degrees that divide it, or raise parallel.dp_replicate"
+    )
 
 
 def reduce_over_replicas(root: nn.Module, enabled: bool) -> None:

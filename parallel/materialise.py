@@ -21,7 +21,7 @@ def init_parameters(model: Any, seed: int) -> None:
     One full tensor at a time is drawn on the CPU, and each rank keeps its part.
     """
     for name, parameter in model.named_parameters():
-        full = torch.empty(parameter.shape, dtype=parameter.dtype)
+        full = torch.empty(parameter.shape)  # fp32 values, whatever precision they are then kept in
         model.init_parameter(name, full, generator_for(seed, name))
         if isinstance(parameter, DTensor):
             mine = full.to(parameter.device)

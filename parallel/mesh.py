@@ -1,12 +1,14 @@
 """The only mesh builder: degrees of parallelism -> one DeviceMesh that all strategies slice."""
 
 import math
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: tp stays inside a node
-NOT_YET = ("pp", "cp", "tp", "ep")
+SHARD_AXIS = "dp_shard_cp"  # dp_shard and cp as one: processes that share a sequence share parameters too
+GRID = ("pp", "dp_replicate", SHARD_AXIS, "tp")
 
 
 class ParallelConfig(BaseModel):
@@ -14,46 +16,88 @@ class ParallelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pp: int = Field(1, description="Pipeline stages (not yet supported above 1)")
+    pp: int = Field(1, description="Pipeline stages, or groups of them where a process holds several")
     dp_replicate: int = Field(1, description="Replicas of the sharded model; with dp_shard > 1 this is HSDP")
     dp_shard: int = Field(-1, description="Processes that share one copy of parameters and optimizer (FSDP2)")
-    cp: int = Field(1, description="Processes that share a sequence (not yet supported above 1)")
-    tp: int = Field(1, description="Processes that share each matrix (not yet supported above 1)")
+    cp: int = Field(1, description="Processes that share a sequence; parameters are sharded over them too")
+    tp: int = Field(1, description="Processes that share each matrix, and the sequence between matrices")
     ep: int = Field(1, description="Processes that share the experts (not yet supported above 1)")
     reshard_after_forward: bool = Field(
         True, description="Free gathered parameters after a block's forward and gather again in backward"
     )
+    cpu_offload: bool = Field(False, description="Keep sharded parameters, gradients and optimizer in host memory")
+    cp_method: Literal["ulysses", "ring"] = Field(
+        "ulysses", description="ulysses: all-to-all, heads are split; ring: keys and values travel, zig-zag balanced"
+    )
+    schedule: str = Field("1f1b", description="Pipeline schedule: gpipe, 1f1b, interleaved1f1b, zbvzerobubble, ...")
+    stages_per_rank: int = Field(0, ge=0, description="Pipeline stages of a process; 0: what the schedule needs")
+    stage_layers: tuple[int, ...] = Field((), description="Layers of each pipeline stage; unset: balanced by cost")
 
 
 def resolve_degrees(config: ParallelConfig, world_size: int) -> dict[str, int]:
     """Degree of each mesh axis, -1 inferred. Raises ValueError when they cannot multiply to `world_size`."""
-    for name in NOT_YET:
-        if getattr(config, name) != 1:
-            raise ValueError(f"parallel.{name} = {getattr(config, name)}: only 1 is supported so far; set it to 1")
+    if config.ep != 1:
+        raise ValueError(f"parallel.ep = {config.ep}: only 1 is supported so far; set it to 1")
     degrees = {name: getattr(config, name) for name in AXES}
     for name, degree in degrees.items():
         if degree == 0 or degree < -1:
             raise ValueError(f"parallel.{name} = {degree}: must be at least 1, or -1 to infer it")
-    unknown = [name for name, degree in degrees.items() if degree == -1]
-    if len(unknown) > 1:
-        raise ValueError(f"parallel.{unknown[0]} and parallel.{unknown[1]} are both -1: only one can be inferred")
+    inferred = [name for name, degree in degrees.items() if degree == -1]
+    if len(inferred) > 1:
+        raise ValueError(f"parallel.{inferred[0]} and parallel.{inferred[1]} are both -1: only one can be inferred")
     product = math.prod(degree for degree in degrees.values() if degree != -1)
-    written = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree != 1)
-    if unknown:
-        if world_size % product:
-            raise ValueError(
-                f"parallel: {written} cannot be spread over {world_size} processes: {world_size} is not a multiple "
-                f"of {product}; change a degree or the number of processes"
-            )
-        degrees[unknown[0]] = world_size // product
-    elif product != world_size:
+    if world_size % product or (not inferred and product != world_size):
+        written = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree not in (1, -1))
+        need = f"a multiple of {product} processes" if inferred else f"{product} processes"
         raise ValueError(
-            f"parallel: {written or 'all degrees 1'} need {product} processes, but {world_size} run; set "
-            f"parallel.dp_shard = -1 to infer it, or start {product}"
+            f"parallel: {written or 'all degrees 1'} need {need}, but {world_size} run; "
+            f"{_nearest(degrees, product, world_size, bool(inferred))}"
         )
+    for name in inferred:
+        degrees[name] = world_size // product
     return degrees
 
 
-def build_mesh(degrees: dict[str, int], device_type: str) -> DeviceMesh:
-    """The mesh over all processes, one axis a name in AXES. Needs an initialised process group."""
-    return init_device_mesh(device_type, tuple(degrees[name] for name in AXES), mesh_dim_names=AXES)
+def _nearest(degrees: dict[str, int], product: int, world_size: int, inferred: bool) -> str:
+    """The legal choices closest to what was asked for: one degree changed, or the number of processes."""
+    choices = []
+    for name, degree in degrees.items():
+        others = product // degree if degree > 0 else 0
+        if degree > 1 and others and world_size % others == 0:
+            largest = world_size // others
+            legal = [d for d in range(1, largest + 1) if largest % d == 0] if inferred else [largest]
+            choices.append(f"parallel.{name} = {min(legal, key=lambda d: abs(d - degree))}")
+    if not inferred and world_size % product == 0:
+        choices.append("parallel.dp_shard = -1 to infer it")
+    if inferred:
+        near = sorted({max(world_size // product, 1) * product, (world_size // product + 1) * product})
+    else:
+        near = [product]
+    choices.append(f"start {' or '.join(map(str, near))}")
+    return f"set {', or '.join(choices[:-1])}, or {choices[-1]}" if choices[:-1] else choices[-1]
+
+
+def axes_across_nodes(degrees: dict[str, int], per_node: int) -> list[str]:
+    """Which of tp and cp, which talk within every layer, span more than one node of `per_node` processes."""
+    return [
+        name
+        for name, inner in (("tp", degrees["tp"]), ("cp", degrees["tp"] * degrees["cp"]))
+        if degrees[name] > 1 and per_node % inner
+    ]
+
+
+class Mesh:
+    """All processes as a grid: `mesh["tp"]` and `mesh["dp_replicate", SHARD_AXIS]` are DeviceMeshes of one parent.
+
+    Needs an initialised process group. Axes: those of `GRID`, and `cp`, the inner part of `SHARD_AXIS`.
+    """
+
+    def __init__(self, degrees: dict[str, int], device_type: str):
+        sizes = degrees | {SHARD_AXIS: degrees["dp_shard"] * degrees["cp"]}
+        self._grid = init_device_mesh(device_type, tuple(sizes[name] for name in GRID), mesh_dim_names=GRID)
+        # On its own, since slicing a parent along a flattened axis is on its way out of torch.
+        shape = (math.prod(degrees.values()) // (degrees["cp"] * degrees["tp"]), degrees["cp"], degrees["tp"])
+        self._sequence = init_device_mesh(device_type, shape, mesh_dim_names=("outer", "cp", "inner"))["cp"]
+
+    def __getitem__(self, axes: str | tuple[str, ...]) -> DeviceMesh:
+        return self._sequence if axes == "cp" else self._grid[axes]

@@ -1,19 +1,48 @@
 """The vocabulary in which a family states how it may be spread over processes."""
 
 import fnmatch
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
+
+# How a module's parameters and activations lie over the tensor-parallel processes. The residual stream between
+# modules is cut along the sequence (Korthikanti et al. 2022, arXiv:2205.05198).
+Style = Literal[
+    "gather",  # no parameters of its own: its input is gathered from sequence parts to whole rows
+    "column",  # Linear, output features cut: whole rows in, this process's features out
+    "key_value",  # as column, by key/value head; heads fewer than processes are shared
+    "row",  # Linear, input features cut: features in, the sum scattered to sequence parts
+    "sequence",  # parameters replicated, works on sequence parts
+    "position",  # Embedding of positions: as sequence, but its input is a whole row of positions
+    "head_norm",  # parameters replicated, works on this process's heads
+    "width_norm",  # cut along the last dim as the column output that it normalises
+    "vocabulary",  # Embedding, rows cut: whole rows of tokens in, sequence parts out
+    "head",  # Linear onto the vocabulary, rows cut; the loss uses its weight
+]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Facts of one model that wrapping needs.
+    """Facts of one model that wrapping needs; patterns are dotted names in which `*` stands for one name.
 
-    blocks: pattern of the modules that are sharded, recomputed and compiled one by one, such as "layers.*".
+    blocks: the modules that are sharded, recomputed and compiled one by one; pipeline stages are cut between them.
+    tensor: pattern -> style; every module that has parameters must be covered, and every pattern must match.
+    first, last: modules that only the first or the last pipeline stage has.
+    attention: the attention cores, whose forward context parallelism replaces.
+    tied: name of a parameter -> name of the one it shares storage with.
+    heads, kv_heads: number of query heads and of key/value heads of one layer.
     """
 
     blocks: str
+    tensor: Mapping[str, Style] = field(default_factory=dict)
+    first: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    attention: str = ""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    heads: int = 1
+    kv_heads: int = 1
 
 
 def match_modules(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
@@ -30,3 +59,20 @@ def match_modules(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     if not found:
         raise ValueError(f"plan pattern {pattern!r} matches no module of {type(model).__name__}")
     return found
+
+
+def styles_of(model: nn.Module, plan: Plan) -> dict[str, Style]:
+    """Module name -> style, linted both ways. Raises ValueError for a pattern that matches nothing, a module matched
+    twice, and a parameter that no pattern covers.
+    """
+    styles: dict[str, Style] = {}
+    for pattern, style in plan.tensor.items():
+        for name in match_modules(model, pattern):
+            if name in styles:
+                raise ValueError(f"plan pattern {pattern!r} matches {name}, which another pattern matches too")
+            styles[name] = style
+    for name, _ in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if styles.get(owner, "gather") == "gather":
+            raise ValueError(f"plan of {type(model).__name__}: no pattern says how {name} lies under parallel.tp")
+    return styles

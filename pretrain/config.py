@@ -67,8 +67,11 @@ class TrainConfig(Section):
     stop_at: int = Field(0, ge=0, description="Save and leave at this step, schedule untouched; 0: at the end")
     global_batch: int = Field(16, gt=0, description="Sequences a step, over all processes")
     micro_batch: int = Field(8, gt=0, description="Sequences of one forward and backward pass of one process")
-    precision: Precision = Field("bf16", description="bf16: mixed precision around fp32 parameters; or fp32")
+    precision: Precision = Field(
+        "bf16", description="bf16: mixed precision around fp32 parameters; fp32; or fp64, to check others against"
+    )
     recompute: Recompute = Field("none", description="Activations recomputed in backward: none, selective or full")
+    recompute_every: int = Field(1, gt=0, description="Recompute every so many blocks only, 1: all of them")
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile: auto turns it on where a compiler exists and the run is long enough"
     )

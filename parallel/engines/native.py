@@ -1,4 +1,4 @@
-"""The torch-native engine: FSDP2 over a device mesh, autocast, torch optimizers."""
+"""The torch-native engine: all strategies over one mesh, autocast, torch optimizers."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -7,14 +7,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from parallel.engine import Batch, EngineSpec, Sums
 from parallel.fsdp import reduce_over_replicas
+from parallel.gradients import clip, settle, total_norm
 from parallel.materialise import named_tensors
-from parallel.mesh import build_mesh, resolve_degrees
+from parallel.mesh import Mesh, resolve_degrees
 from parallel.optimizer_state import optimizer_state, set_lr
 from parallel.parallelize import parallelize
+from parallel.tensor import check_tensor
 from parallel.world import World
 
 
@@ -23,9 +24,12 @@ class NativeEngine:
 
     def __init__(self, spec: EngineSpec, world: World):
         degrees = resolve_degrees(spec.parallel, world.size)
-        self.mesh = build_mesh(degrees, world.device.type) if world.size > 1 else None
+        check_tensor(spec.plan, degrees["tp"], spec.seq_len // degrees["cp"])
+        self.mesh = Mesh(degrees, world.device.type) if world.size > 1 else None
         self.device = world.device
-        self.data_rank, self.data_world = world.rank, world.size
+        self.data_world = degrees["dp_replicate"] * degrees["dp_shard"]
+        self.copies = world.size // self.data_world  # processes that read the same data
+        self.data_rank = world.rank // (degrees["cp"] * degrees["tp"]) % self.data_world
         self.precision = spec.precision
         self.max_norm = spec.clip_grad_norm
         self.root = parallelize(spec, self.mesh, world.device)
@@ -41,6 +45,7 @@ class NativeEngine:
                 sums = self.root(self._to_device(batch))
             (sums["loss"] / count).backward()
             _add(totals, sums)
+        settle(self._tensors.values())
         return {name: value / count for name, value in self._reduce(totals).items()}
 
     @torch.no_grad()
@@ -52,12 +57,9 @@ class NativeEngine:
         return self._reduce(totals)
 
     def clip_grad_norm(self) -> Tensor:
-        parameters = [p for p in self._tensors.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = total_norm(self._tensors.values(), self.device)
         if self.max_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm, foreach=True)
+            clip(self._tensors.values(), self.max_norm, norm)
         return norm
 
     def step(self, lr: float) -> None:
@@ -67,9 +69,10 @@ class NativeEngine:
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         values = values.to(self.device, non_blocking=True)
-        if self.mesh is not None:
-            dist.all_reduce(values)
-        return values
+        if self.mesh is None:
+            return values
+        dist.all_reduce(values)
+        return -(-values // self.copies)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
@@ -86,7 +89,7 @@ class NativeEngine:
         self.optimizer.zero_grad()
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":
+        if self.precision != "bf16":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
@@ -94,9 +97,14 @@ class NativeEngine:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def _reduce(self, sums: Sums) -> Sums:
+        """Over all processes, each token once."""
         if not sums:
             raise ValueError("no micro-batch was given: the data has fewer samples than one micro-batch needs")
-        stacked = self.sum_over_data(torch.stack(list(sums.values())))
+        stacked = torch.stack(list(sums.values()))
+        if self.mesh is not None:
+            if self.mesh["tp"].get_local_rank():
+                stacked = torch.zeros_like(stacked)
+            dist.all_reduce(stacked)
         return dict(zip(sums, stacked.unbind(), strict=True))
 
 

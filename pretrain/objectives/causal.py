@@ -27,10 +27,16 @@ class CausalConfig(BaseModel):
 
 
 class CausalObjective:
-    """collate + count + loss of next-token prediction."""
+    """collate + count + forward + loss of next-token prediction.
+
+    sequence: entries of a micro-batch [B, S] that context parallelism cuts. sums: names of what `loss` returns.
+    """
+
+    sequence = ("tokens", "targets", "positions")
 
     def __init__(self, config: CausalConfig):
         self.config = config
+        self.sums = ("loss", "cross_entropy", "z_loss") if config.z_loss else ("loss",)
         self._chunk: Callable[..., Any] = chunk_loss
 
     def compile(self) -> None:
@@ -73,13 +79,16 @@ class CausalObjective:
         """Valid targets in these micro-batches: what the sum of losses is divided by."""
         return sum(int((batch["targets"] != IGNORED).sum()) for batch in microbatches)
 
-    def loss(self, model: Any, batch: MicroBatch) -> dict[str, Tensor]:
+    def forward(self, model: Any, batch: MicroBatch, x: Tensor | None = None) -> Tensor:
+        """Hidden states [B, S, E] of the micro-batch; `x`: what the pipeline stage before this one gave."""
+        return model(batch["tokens"] if x is None else x, batch["mask"], batch["positions"])
+
+    def loss(self, model: Any, hidden: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         """Sums over the micro-batch. "loss" is what is differentiated; the others are its parts, for the log."""
-        hidden = model(batch["tokens"], batch["mask"], batch["positions"])
         nll, z_sum = chunked_cross_entropy(
-            hidden.flatten(0, -2),
+            hidden,
             model.head.weight,
-            batch["targets"].flatten(),
+            batch["targets"],
             softcap=model.cfg.logit_softcap,
             z_loss=self.config.z_loss,
             chunk_tokens=self.config.chunk_tokens,

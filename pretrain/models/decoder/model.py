@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from pretrain.models.decoder.config import DecoderConfig
-from pretrain.models.layers.attention import AttentionMask, attention
+from pretrain.models.layers.attention import AttentionCore, AttentionMask
 from pretrain.models.layers.cache import KVCache
 from pretrain.models.layers.linear import fused_linear
 from pretrain.models.layers.mlp import MLP, GatedMLP
@@ -26,8 +26,6 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = cfg.dim_per_head
-        self.scale = cfg.attention_scale or None
-        self.softcap = cfg.attention_softcap or None
         q_width, kv_width = cfg.heads * self.head_dim, cfg.num_kv_heads * self.head_dim
         self.q = nn.Linear(cfg.hidden, q_width, bias=cfg.qkv_bias)
         self.k = nn.Linear(cfg.hidden, kv_width, bias=cfg.qkv_bias)
@@ -38,6 +36,7 @@ class Attention(nn.Module):
             q_dim, k_dim = (q_width, kv_width) if cfg.qk_norm == "full" else (self.head_dim, self.head_dim)
             self.q_norm = make_norm(cfg.norm, q_dim, cfg.norm_eps)
             self.k_norm = make_norm(cfg.norm, k_dim, cfg.norm_eps)
+        self.core = AttentionCore(cfg.attention_scale or None, cfg.attention_softcap or None)
 
     def forward(
         self, x: Tensor, mask: AttentionMask, rotation: Rotation | None, cache: KVCache | None = None
@@ -52,8 +51,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        out = attention(q, k, v, mask, scale=self.scale, softcap=self.softcap)
-        return self.out(out.flatten(-2))
+        return self.out(self.core(q, k, v, mask).flatten(-2))
 
 
 class Block(nn.Module):
@@ -84,45 +82,52 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """tokens [B, S] -> hidden states [B, S, E] after the final norm; `head` maps them to logits [B, S, V]."""
+    """tokens [B, S] -> hidden states [B, S, E] after the final norm; `head` maps them to logits [B, S, V].
+
+    A stage of a pipeline has some of the layers only, and None for those of `embed`, `pos_embed`, `norm` and `head` that
+    another has: without `embed` it takes hidden states, without `norm` it gives those of its last layer.
+    """
 
     def __init__(self, cfg: DecoderConfig):
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden)
-        if cfg.positions == "learned":
-            self.pos_embed = nn.Embedding(cfg.max_seq_len, cfg.hidden)
+        self.embed: nn.Module | None = nn.Embedding(cfg.vocab_size, cfg.hidden)
+        learned = cfg.positions == "learned"
+        self.pos_embed: nn.Module | None = nn.Embedding(cfg.max_seq_len, cfg.hidden) if learned else None
         self.layers = nn.ModuleDict({str(i): Block(cfg, i) for i in range(cfg.layers)})
-        self.norm = make_norm(cfg.norm, cfg.hidden, cfg.norm_eps)
-        self.head = nn.Linear(cfg.hidden, cfg.vocab_size, bias=False)
+        self.norm: nn.Module | None = make_norm(cfg.norm, cfg.hidden, cfg.norm_eps)
+        self.head: nn.Module | None = nn.Linear(cfg.hidden, cfg.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
         """Share the embedding with the head; call again after parameters were replaced (materialising from meta)."""
-        if self.cfg.tied:
+        if self.cfg.tied and self.embed is not None and self.head is not None:
             self.head.weight = self.embed.weight
 
     def forward(
         self,
-        tokens: Tensor,
+        x: Tensor,
         mask: AttentionMask | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """mask: causal when None; positions [B, S] or [1, S]: counted from the cache's end when None."""
+        """x: tokens, or hidden states where there is no `embed`. mask: causal when None; positions [B, S] or [1, S]:
+        counted from the cache's end when None.
+        """
         mask = AttentionMask() if mask is None else mask
         if positions is None:
             start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-        x = self.embed(tokens)
-        if self.cfg.embedding_scale != 1.0:
-            x = x * self.cfg.embedding_scale
-        if self.cfg.positions == "learned":
-            x = x + self.pos_embed(positions)
+            positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
+        if self.embed is not None:
+            x = self.embed(x)
+            if self.cfg.embedding_scale != 1.0:
+                x = x * self.cfg.embedding_scale
+            if self.pos_embed is not None:
+                x = x + self.pos_embed(positions)
         masks, rotations = self._by_kind(mask, positions)
         for block in cast(Iterable[Block], self.layers.values()):
             x = block(x, masks[block.kind], rotations[block.kind], cache)
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
 
     def _by_kind(
         self, mask: AttentionMask, positions: Tensor
@@ -142,6 +147,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., E] -> logits [..., V], soft cap included."""
+        assert self.head is not None
         logits = self.head(hidden)
         cap = self.cfg.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits

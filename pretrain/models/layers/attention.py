@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.models.layers import attention_backends as backends
 from pretrain.models.layers.attention_documents import document
 from pretrain.models.layers.attention_mask import AttentionMask
 
-__all__ = ["BACKENDS", "AttentionMask", "attention", "choose_backend", "prepare_mask"]
+__all__ = ["BACKENDS", "AttentionCore", "AttentionMask", "attention", "choose_backend", "prepare_mask"]
 
 HALF = (torch.bfloat16, torch.float16)
 FLASH_HEAD_DIM = 256  # the largest that the flash kernels take
@@ -155,6 +155,17 @@ def attention(
     if mask.documents is not None and (mask.packing is None or mask.packing.has_padding):
         out = out.masked_fill((mask.documents[:, T - S :] < 0)[:, :, None, None], 0.0)
     return out
+
+
+class AttentionCore(nn.Module):
+    """:func:`attention` as a module, so that a plan can name it: context parallelism takes the place of its forward."""
+
+    def __init__(self, scale: float | None = None, softcap: float | None = None):
+        super().__init__()
+        self.scale, self.softcap = scale, softcap
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+        return attention(q, k, v, mask, scale=self.scale, softcap=self.softcap)
 
 
 def choose_backend(

@@ -39,7 +39,7 @@ def _documents(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    lse = torch.empty(q.shape[:2], dtype=_wide(q))
     for rows, keys, is_causal, bias in _pieces(bounds, causal, window, q.dtype):
         part, part_lse = _forward(
             _heads(q, rows), _heads(k, keys), _heads(v, keys), 0.0, is_causal, attn_mask=bias, scale=scale
@@ -53,7 +53,7 @@ def _documents(
 def _(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_wide(q))
 
 
 @torch.library.custom_op("pretrain::document_attention_backward", mutates_args=())
@@ -117,6 +117,11 @@ def _differentiate(ctx, grad: Tensor, _: Tensor | None):
 
 
 _documents.register_autograd(_differentiate, setup_context=_save)
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    """Of the log-sum-exp that the kernel gives for such queries."""
+    return torch.promote_types(q.dtype, torch.float32)
 
 
 def _heads(x: Tensor, rows: slice) -> Tensor:
