@@ -59,6 +59,9 @@ class Engine(Protocol):
     def evaluate(self, microbatches: Iterable[Batch]) -> Sums:
         """Sums over all micro-batches of all ranks, without gradients."""
 
+    def gradients(self) -> dict[str, Tensor]:
+        """Live gradients by the names of `state_dict()`; parameters without one are left out."""
+
     def clip_grad_norm(self) -> Tensor:
         """Scale gradients down to the largest norm allowed; returns the norm before, over all ranks."""
 

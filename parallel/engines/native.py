@@ -74,6 +74,9 @@ class NativeEngine:
         dist.all_reduce(values)
         return -(-values // self.copies)
 
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: tensor.grad for name, tensor in self._tensors.items() if tensor.grad is not None}
+
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
         return {"model": tensors, "optimizer": optimizer_state(self.optimizer, self._tensors.items())}

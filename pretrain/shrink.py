@@ -1,0 +1,87 @@
+"""A recipe's small likeness: the same structure in a size that a laptop computes in a second."""
+
+import math
+from typing import Any
+
+from pretrain.config import RunConfig
+
+HEAD_DIM, VOCABULARY, TOKENS = 8, 128, 48  # about; each is raised to what the degrees need
+Change = tuple[str, Any, Any]  # key, before, after
+
+
+def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[RunConfig, list[Change]]:
+    """The recipe with small dims, and what was changed.
+
+    Kept: the ratio of query to key/value heads, their divisibility by any degree up to `processes`, the pattern of
+    layers, ties, biases, norms, the remainder of vocabulary, feed-forward and sequence that is left when they are divided
+    by the number of processes. `degrees` are those of the layout, or the largest of several layouts. Dims of the model
+    are known by their names; what a family calls otherwise stays as it is.
+    """
+    model = config.model
+    values: dict[str, Any] = {}
+    heads = getattr(model, "num_kv_heads", 0) or getattr(model, "heads", 1)
+    ratio = getattr(model, "heads", heads) // heads
+    kept_heads = math.gcd(heads, processes)  # divided by the same degrees
+    head_dim = getattr(model, "dim_per_head", HEAD_DIM)
+    unit = max(HEAD_DIM, processes)
+    scale = kept_heads * HEAD_DIM / (heads * head_dim)
+    hidden = _dim(round(getattr(model, "hidden", 0) * scale), unit)
+    for name, value in model:
+        if not isinstance(value, int) or isinstance(value, bool) or not value:
+            continue
+        if name == "kv_heads":
+            values[name] = kept_heads
+        elif name == "heads":
+            values[name] = kept_heads * ratio
+        elif name == "head_dim":
+            values[name] = HEAD_DIM
+        elif name == "hidden":
+            values[name] = hidden
+        elif name.endswith("ffn"):
+            values[name] = _dim(round(value * hidden / model.hidden), unit) + value % processes
+        elif name == "layers":
+            values[name] = _layers(config, degrees["pp"])
+        elif name == "vocab_size":
+            values[name] = _dim(VOCABULARY, processes) + value % processes
+    seq_len = _dim(TOKENS, 2 * degrees["cp"] * degrees["tp"]) + config.data.seq_len % (2 * degrees["cp"] * degrees["tp"])
+    values["max_seq_len"] = max(seq_len, values.get("max_seq_len", 0))
+    if getattr(model, "window", 0):
+        values["window"] = max(2, seq_len // 5)
+    if not model.vocab_size:
+        values["vocab_size"] = _dim(VOCABULARY, processes)
+    values = {name: after for name, after in values.items() if not 0 < getattr(model, name) < after}
+    objective = config.objective
+    if hasattr(objective, "chunk_tokens"):  # several chunks of logits, as the real run has
+        objective = objective.model_copy(update={"chunk_tokens": 40})
+    stages = tuple(min(count, 2) for count in config.parallel.stage_layers)
+    small = config.model_copy(
+        update={
+            "model": type(model).model_validate({**model.model_dump(), **values}),
+            "objective": objective,
+            "data": config.data.model_copy(update={"seq_len": min(seq_len, config.data.seq_len)}),
+            "parallel": config.parallel.model_copy(update={"stage_layers": stages}),
+        }
+    )
+    return small, changes(config, small)
+
+
+def changes(before: RunConfig, after: RunConfig) -> list[Change]:
+    """Settings of model, data and layout that differ."""
+    found = []
+    for section in ("model", "data", "parallel"):
+        old, new = getattr(before, section), getattr(after, section)
+        found += [(f"{section}.{k}", getattr(old, k), v) for k, v in new if getattr(old, k) != v]
+    return found
+
+
+def _dim(size: int, unit: int) -> int:
+    return max(1, -(-size // unit)) * unit
+
+
+def _layers(config: RunConfig, pp: int) -> int:
+    if config.parallel.stage_layers:
+        return sum(min(count, 2) for count in config.parallel.stage_layers)
+    layers = config.model.layers
+    stages = pp * max(config.parallel.stages_per_rank, 2) if pp > 1 else 2
+    wanted = max(stages, len(getattr(config.model, "pattern", ())))
+    return min(layers, wanted + (layers % pp if pp > 1 else 0))
