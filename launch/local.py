@@ -52,7 +52,12 @@ def start_ranks(nproc: int | None) -> int:
     if world == 1:
         sys.stdout.flush()
         os.execve(command[0], command, base)
-    base |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    base |= {
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     ranks: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
 
@@ -66,14 +71,15 @@ def start_ranks(nproc: int | None) -> int:
         signal.signal(number, forward)
     for index in range(world):
         if not asked:
-            ranks.append(subprocess.Popen(command, env={**base, "RANK": str(index), "LOCAL_RANK": str(index)}))
+            ranks.append(subprocess.Popen(command, env=base | {"RANK": str(index), "LOCAL_RANK": str(index)}))
     return _wait(ranks)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     while any(rank.poll() is None for rank in ranks):
-        failed = next((rank for rank in ranks if rank.poll()), None)
-        if failed is not None:
+        gone = [rank for rank in ranks if rank.poll()]
+        if gone:
+            failed = min(gone, key=lambda rank: rank.returncode)  # killed by a signal: what made the others fail
             _end(ranks)
             index = ranks.index(failed)
             if failed.returncode not in (1, 2):  # those have said why themselves

@@ -20,7 +20,9 @@ from data_pipeline.loader import Loader
 from data_pipeline.pack import TokenStream
 from parallel.engine import Batch, Engine, EngineSpec, make_engine
 from parallel.hardware import device_peak_flops
+from parallel.mesh import axes_across_nodes, resolve_degrees
 from parallel.world import World
+from pretrain.agree import check_agreement
 from pretrain.compile import decide_compile
 from pretrain.config import RunConfig, flat_config, load_run_config, write_config
 from pretrain.data import check_tokenizer, keep_tokenizer, open_dataset, open_held_out, with_tokenizer, with_vocabulary
@@ -49,6 +51,7 @@ def train(config: RunConfig, world: World, resume_command: str = "the same comma
     tells the user to type. Raises ValueError or FileNotFoundError for what the user can mend.
     """
     ranks = Ranks()
+    check_agreement(config, ranks)
     run_dir = Path(config.run.dir)
     lock = RunLock(run_dir)
     ranks.on_first(lock.take)
@@ -79,6 +82,13 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
     flops = _flops_a_step(config) * config.train.steps / world.size
     compiling, why = decide_compile(config.train.compile, flops, world.device)
     _say(world, f"model: {config.model.num_parameters():,} parameters")
+    degrees = resolve_degrees(config.parallel, world.size)
+    for axis in axes_across_nodes(degrees, world.per_node):
+        _say(
+            world,
+            f"warning: parallel.{axis} = {degrees[axis]} reaches over nodes of {world.per_node} processes, and it "
+            "communicates in every layer; make it fit into one",
+        )
     _say(world, f"compile: {'on' if compiling else 'off'} ({why})")
     if compiling:
         objective.compile()

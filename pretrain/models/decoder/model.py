@@ -84,7 +84,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """tokens [B, S] -> hidden states [B, S, E] after the final norm; `head` maps them to logits [B, S, V].
 
-    A stage of a pipeline has some of the layers only, and None for those of `embed`, `pos_embed`, `norm` and `head` that
+    A pipeline stage has some of the layers only, and None for those of `embed`, `pos_embed`, `norm` and `head` that
     another has: without `embed` it takes hidden states, without `norm` it gives those of its last layer.
     """
 
