@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.context import apply_context
 from parallel.engine import EngineSpec
 from parallel.fsdp import apply_fsdp
 from parallel.materialise import init_parameters, materialise
@@ -48,6 +49,9 @@ def parallelize(spec: EngineSpec, mesh: Mesh | None, device: torch.device) -> St
     if mesh is not None and mesh["tp"].size() > 1:
         apply_tensor(model, spec.plan, mesh["tp"])
         model.tie_weights()
+    if mesh is not None:
+        for core in match_modules(model, spec.plan.attention).values():
+            apply_context(core, mesh["cp"], spec.parallel.cp_method)
     for block in list(blocks)[:: spec.recompute_every]:
         apply_remat(block, spec.recompute)
     if spec.compile:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.context import check_context, split_sequence
 from parallel.engine import Batch, EngineSpec, Sums
 from parallel.fsdp import reduce_over_replicas
 from parallel.gradients import clip, settle, total_norm
@@ -24,12 +26,16 @@ class NativeEngine:
 
     def __init__(self, spec: EngineSpec, world: World):
         degrees = resolve_degrees(spec.parallel, world.size)
-        check_tensor(spec.plan, degrees["tp"], spec.seq_len // degrees["cp"])
+        cp, tp = degrees["cp"], degrees["tp"]
+        check_tensor(spec.plan, tp, spec.seq_len // cp)
+        check_context(spec.seq_len, cp, spec.parallel.cp_method, spec.plan.heads, tp)
         self.mesh = Mesh(degrees, world.device.type) if world.size > 1 else None
         self.device = world.device
         self.data_world = degrees["dp_replicate"] * degrees["dp_shard"]
         self.copies = world.size // self.data_world  # processes that read the same data
-        self.data_rank = world.rank // (degrees["cp"] * degrees["tp"]) % self.data_world
+        self.data_rank = world.rank // (cp * tp) % self.data_world
+        self._split = partial(split_sequence, dim=1, rank=world.rank // tp % cp, cp=cp, method=spec.parallel.cp_method)
+        self._cut = spec.sequence if cp > 1 else ()
         self.precision = spec.precision
         self.max_norm = spec.clip_grad_norm
         self.root = parallelize(spec, self.mesh, world.device)
@@ -97,7 +103,9 @@ class NativeEngine:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _to_device(self, batch: Batch) -> Batch:
-        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        """The batch on this device: whole, but for what context parallelism cuts."""
+        mine = {name: self._split(value) if name in self._cut else value for name, value in batch.items()}
+        return {name: value.to(self.device, non_blocking=True) for name, value in mine.items()}
 
     def _reduce(self, sums: Sums) -> Sums:
         """Over all processes, each token once."""
