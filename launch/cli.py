@@ -28,10 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if args.debug:
             raise
+        mistake = not isinstance(error, ConnectionError)
         where = getattr(error, "__notes__", [])  # which rank, where the others have no such error
         if where or int(os.environ.get("RANK", "0")) == 0:
             print(f"pretrain: error: {': '.join([*where, ' '.join(str(error).split())])}", file=sys.stderr)
-        return 2
+        return 2 if mistake else 1
     except KeyboardInterrupt:
         return 130
     except Exception:
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_checkpoint(commands)
     _add_results(commands)
+    _add_verify(commands)
     return parser
 
 
@@ -158,6 +160,18 @@ def _add_results(commands: Any) -> None:
     report.add_argument("runs", nargs="+", metavar="run", help="folders of runs")
     report.add_argument("--out", help="file to write (default: report.html in the first run's folder)")
     _leaf(commands, "doctor", "doctor:doctor", "versions, devices, compiler and attention back ends of this machine")
+
+
+def _add_verify(commands: Any) -> None:
+    summary = "prove that a parallel layout computes what one process computes"
+    verify = _leaf(commands, "verify-layout", "verify:verify_layout", summary)
+    verify.add_argument("recipe", help="a recipe's name, or the path of a .toml file")
+    verify.add_argument("overrides", nargs="*", metavar="key=value", help="such as parallel.tp=2 parallel.cp=2")
+    verify.add_argument("--all", type=int, metavar="N", help="every layout of N processes, not the recipe's")
+    verify.add_argument("--nproc", type=int, metavar="N", help="processes (default: the degrees multiplied)")
+    verify.add_argument("--steps", type=int, default=3, help="optimizer steps before weights are compared")
+    verify.add_argument("--full-size", action="store_true", help="keep the model's dims, sequence and batch")
+    verify.add_argument("--timeout", type=float, default=120.0, help="seconds after which a layout hangs")
 
 
 if __name__ == "__main__":

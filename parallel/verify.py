@@ -3,7 +3,8 @@
 Everything is measured against one process in fp64. What rounding alone does is measured too, by one process in fp32:
 
     error(x)    2-norm of x - x_fp64
-    allowed(x)  MARGIN * (error(x_fp32) + typical * |x_fp64|)        typical: median of error / |x_fp64| over all tensors
+    typical     median of error(x_fp32) / |x_fp64| over all tensors
+    allowed(x)  MARGIN * (error(x_fp32) + typical * |x_fp64|)
 
 A layout adds the same terms in another order, so its rounding errors are of the size of one process's: each quantity's
 own conditioning is in error(x_fp32), also of gradients that are nothing but rounding (a key's bias under softmax). The
@@ -89,7 +90,11 @@ class Row:
     @property
     def factor(self) -> float | None:
         """By which the quantity is off, where it is a multiple of the reference and nothing else."""
-        pure = self.off and self.distance.square > 0 and self.distance.unscaled <= max(self.allowed, SAME * self.distance.norm)
+        pure = (
+            self.off
+            and self.distance.square > 0
+            and self.distance.unscaled <= max(self.allowed, SAME * self.distance.norm)
+        )
         return self.distance.factor if pure else None
 
 
@@ -100,8 +105,8 @@ def typical_error(rounding: Sizes) -> float:
 
 
 def compare(by_rank: Sequence[Sizes], rounding: Sizes, typical: float) -> list[Row]:
-    """A row for each quantity in the order of `rounding`, with the distance of the rank that is furthest off. A quantity
-    that no rank has counts as zeros.
+    """A row for each quantity in the order of `rounding`, with the distance of the rank that is furthest off. A
+    quantity that no rank has counts as zeros.
     """
     rows = []
     for name, alone in rounding.items():
@@ -192,12 +197,12 @@ class Comparison:
         lines = []
         zero = [row.name for row in gradients if not row.distance.own]
         if zero:
-            lines.append(f"No gradient at all: {_names(zero)}: does not run, is on no process, or is cut from the loss.")
+            lines.append(f"No gradient at all: {_names(zero)}: does not run, is on no process, or cut from the loss.")
         rest = [row for row in gradients if row.distance.own and row.factor is None]
         if rest and all(row.name in self.layout.tied for row in rest):
             lines.append(
-                f"{_names(row.name for row in rest)} is used twice (embedding and head share it): the gradients of both "
-                "uses must be added once, between first and last pipeline stage where they are apart."
+                f"{_names(row.name for row in rest)} is used twice (embedding and head share it): the gradients of "
+                "both uses must be added once, between first and last pipeline stage where they are apart."
             )
         return lines
 
@@ -206,11 +211,12 @@ class Comparison:
         relative = f"off by {first.distance.relative:.1e} of itself"
         factor = first.distance.factor
         text = f"{first.name} is {relative} (factor {describe_factor(factor)})"
-        known = self.cause(factor, of="the loss", fallback="")
-        if known:
+        if not with_gradients:
+            text += ", while the gradients agree: what is reported is not what is differentiated"
+        if known := self.cause(factor, of="the loss", fallback=""):
             return f"{text}: {known}."
         if not with_gradients:
-            return f"{text}, while the gradients agree: what is reported is not what is differentiated."
+            return f"{text}."
         hints = []
         if degrees.get("cp", 1) > 1:
             hints.append("under cp: positions, mask and targets of each part must be those of its own tokens")
@@ -219,7 +225,7 @@ class Comparison:
         if degrees.get("tp", 1) > 1:
             hints.append("under tp: partial results must be summed, and heads meet their own keys")
         if not hints:
-            hints.append("each process must read its own part of the batch, and the loss be divided by the global count")
+            hints.append("each process must read its own part of the batch, and the loss count each target once")
         return f"{text}: the forward pass computes another function; {'; '.join(hints)}."
 
     def _later(self) -> list[str]:
@@ -235,8 +241,8 @@ class Comparison:
                 row = rows[0]
                 lines.append(
                     f"{row.name}: {kind} are off{_on(row)} by {row.distance.relative:.1e} of the update (the first of "
-                    f"{len(rows)}), factor {describe_factor(row.distance.factor)}, while gradients and norm agree: look "
-                    "at the optimizer's step on distributed tensors, clipping, and weight decay."
+                    f"{len(rows)}), factor {describe_factor(row.distance.factor)}, while gradients and norm agree: "
+                    "look at the optimizer's step on distributed tensors, clipping, and weight decay."
                 )
         return lines
 

@@ -12,9 +12,9 @@ Change = tuple[str, Any, Any]  # key, before, after
 def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[RunConfig, list[Change]]:
     """The recipe with small dims, and what was changed.
 
-    Kept: the ratio of query to key/value heads, their divisibility by any degree up to `processes`, the pattern of
-    layers, ties, biases, norms, the remainder of vocabulary, feed-forward and sequence that is left when they are divided
-    by the number of processes. `degrees` are those of the layout, or the largest of several layouts. Dims of the model
+    Kept: the ratio of query to key/value heads, their divisibility by any degree that divides `processes`, the
+    pattern of layers, ties, biases, norms, the remainder of vocabulary and feed-forward by `processes` and of the
+    sequence by what cuts it. `degrees` are those of the layout, or the largest of several layouts. Dims of the model
     are known by their names; what a family calls otherwise stays as it is.
     """
     model = config.model
@@ -43,7 +43,9 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
             values[name] = _layers(config, degrees["pp"])
         elif name == "vocab_size":
             values[name] = _dim(VOCABULARY, processes) + value % processes
-    seq_len = _dim(TOKENS, 2 * degrees["cp"] * degrees["tp"]) + config.data.seq_len % (2 * degrees["cp"] * degrees["tp"])
+    seq_len = _dim(TOKENS, 2 * degrees["cp"] * degrees["tp"]) + config.data.seq_len % (
+        2 * degrees["cp"] * degrees["tp"]
+    )
     values["max_seq_len"] = max(seq_len, values.get("max_seq_len", 0))
     if getattr(model, "window", 0):
         values["window"] = max(2, seq_len // 5)

@@ -8,8 +8,8 @@ from data_pipeline.pack import IGNORED, Samples
 class SyntheticStream:
     """A `SampleStream`; sample ``i`` depends on (seed, i) alone. Its documents are those that break layouts.
 
-    By i modulo 4: one document over the whole row; single tokens, and one document that crosses every cut; documents that
-    end at cuts into 2, 4 and 8 parts; documents of random lengths, the last cut off by the end of the row.
+    By i modulo 4: one document over the whole row; single tokens, and one document that crosses every cut; documents
+    that end at cuts into 2, 4 and 8 parts; documents of random lengths, the last cut off by the end of the row.
     """
 
     def __init__(self, *, seq_len: int, vocab_size: int, seed: int = 0) -> None:

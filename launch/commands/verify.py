@@ -1,0 +1,282 @@
+"""pretrain verify-layout"""
+
+import argparse
+import math
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from launch.forked import run_world, warm_up
+from launch.local import count_gpus
+from parallel.layouts import all_layouts, axes_alone, describe_layout, features, suspects
+from parallel.mesh import AXES, ParallelConfig
+from parallel.verify import MARGIN, Comparison, Row, describe_factor
+from pretrain.config import RunConfig, resolve
+from pretrain.shrink import Change, shrink
+from pretrain.verify import (
+    OPTIMIZERS,
+    changed,
+    check_layout,
+    compare_layout,
+    make_reference,
+    measure_layout,
+    to_text,
+)
+
+KINDS = ("initial weights", "losses", "gradients", "norms", "weights")
+SCHEDULES = ("gpipe", "1f1b")
+PRELOADED = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "pretrain.verify", "launch.forked")
+
+
+@dataclass
+class Verdict:
+    """What came out of one layout. comparisons: by optimizer; refused: why it cannot be; problem: how it broke."""
+
+    parallel: ParallelConfig
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    refused: str = ""
+    problem: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        return not self.problem and not self.refused and all(c.agrees for c in self.comparisons.values())
+
+    @property
+    def failed(self) -> bool:
+        return not self.refused and not self.agrees
+
+    @property
+    def word(self) -> str:
+        return "agrees" if self.agrees else "broke" if self.problem else "not possible" if self.refused else "differs"
+
+    def diagnosis(self) -> list[str]:
+        """What is wrong, a line a finding."""
+        if self.problem:
+            return [self.problem]
+        off = {name: comparison for name, comparison in self.comparisons.items() if not comparison.agrees}
+        if not off:
+            return []
+        name, first = next(iter(off.items()))
+        lines = first.diagnosis()
+        if len(off) < len(self.comparisons):
+            others = ", ".join(
+                f"{n} and {c.layout.accumulation} micro-batches" for n, c in self.comparisons.items() if n not in off
+            )
+            lines.append(f"This is with {name} and {first.layout.accumulation} micro-batches; with {others} all agree.")
+        return lines
+
+
+class Certifier:
+    """Runs layouts of a recipe against its one-process reference.
+
+    config: precision and sizes as they are to run. folder: where the reference is kept. timeout: seconds of one layout.
+    device: "cpu" or "cuda". Raises ValueError where one process refuses the recipe.
+    """
+
+    measure = staticmethod(measure_layout)
+
+    def __init__(self, config: RunConfig, steps: int, folder: str, timeout: float, device: str):
+        self.config, self.steps, self.folder, self.timeout, self.device = config, steps, folder, timeout, device
+        ended = run_world(make_reference, 1, to_text(config), steps, folder, device=device, timeout=timeout)
+        if ended.refused:
+            raise ValueError(ended.refused)
+        if ended.results is None:
+            raise RuntimeError(f"the one-process reference could not be made: {ended.problem}")
+        self.rounding = ended.results[0]
+
+    def verify(self, parallel: ParallelConfig, micro_batches: dict[str, int]) -> Verdict:
+        """micro_batches: optimizer -> sequences of one micro-batch."""
+        processes = math.prod(getattr(parallel, axis) for axis in AXES)
+        whole = self.config.model_copy(update={"parallel": parallel})
+        configs = {
+            name: changed(whole, {"optim.name": name, "train.micro_batch": size})
+            for name, size in micro_batches.items()
+        }
+        arguments = ([to_text(config) for config in configs.values()], self.steps, self.folder, self.rounding["eps"])
+        ended = run_world(self.measure, processes, *arguments, device=self.device, timeout=self.timeout)
+        if ended.results is None:
+            return Verdict(parallel, refused=ended.refused, problem=ended.problem)
+        by_run = dict(zip(configs, zip(*ended.results, strict=True), strict=True))
+        return Verdict(
+            parallel,
+            {n: compare_layout(c, processes, list(by_run[n]), self.rounding[n]) for n, c in configs.items()},
+        )
+
+
+def verify_layout(args: argparse.Namespace) -> int:
+    """Exit code 0 when all layouts agree with one process, 1 when one differs."""
+    warm_up(PRELOADED)
+    config = changed(resolve(args.recipe, args.overrides)[0], {"train.precision": "fp32"})
+    console = Console(soft_wrap=True, highlight=False)
+    if args.steps < 1 or args.timeout <= 0:
+        raise ValueError(f"--steps {args.steps}, --timeout {args.timeout}: must be above 0")
+    return _all(config, args, console) if args.all is not None else _one(config, args, console)
+
+
+def _one(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
+    processes, degrees = check_layout(config, args.nproc)
+    parallel = config.parallel.model_copy(update=degrees)
+    data = degrees["dp_replicate"] * degrees["dp_shard"]
+    accumulation = config.train.global_batch // (config.train.micro_batch * data)
+    small, changes = (config, []) if args.full_size else shrink(config, degrees, processes)
+    micro_batch = config.train.micro_batch
+    if not args.full_size:
+        micro_batch = min(micro_batch, 2)
+        least = 2 * degrees["pp"]  # enough for every pipeline schedule
+        accumulation = min(accumulation, least + accumulation % degrees["pp"])
+    small = changed(small, {"train.micro_batch": micro_batch, "train.global_batch": micro_batch * data * accumulation})
+    small = small.model_copy(update={"parallel": small.parallel.model_copy(update=degrees)})
+    device = _device(processes)
+    _print_changes(console, changes)
+    console.print(
+        f"{processes} processes on {device}: {describe_layout(parallel)}; {accumulation} micro-batches a step"
+    )
+    with tempfile.TemporaryDirectory(prefix="verify-layout-") as folder:
+        certifier = Certifier(small, args.steps, folder, args.timeout, device)
+        sizes = dict.fromkeys(OPTIMIZERS, micro_batch)
+        verdict = certifier.verify(small.parallel, sizes)
+        parts = [certifier.verify(part, sizes) for part in axes_alone(small.parallel)] if verdict.failed else []
+    if verdict.refused:
+        raise ValueError(verdict.refused)
+    if verdict.comparisons:
+        _print_scale(console, certifier.rounding)
+        _print_quantities(console, verdict)
+    code = _print_end(console, [verdict])
+    for part in parts:
+        console.print(f"{describe_layout(part.parallel)} alone: {part.word}", style=None if part.agrees else "red")
+    return code
+
+
+def _all(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
+    processes = args.all
+    if processes < 1:
+        raise ValueError(f"--all {processes}: must be at least 1")
+    if args.full_size or args.nproc:
+        raise ValueError(
+            "--all goes neither with --full-size nor with --nproc: it looks at many layouts of N processes"
+        )
+    widest = {"pp": processes, "dp_replicate": 1, "dp_shard": 1, "cp": processes, "tp": 1}
+    config = changed(config, {"parallel.stage_layers": (), "parallel.stages_per_rank": 0})
+    small, changes = shrink(config, widest, processes)
+    small = changed(small, {"train.global_batch": 4 * processes, "train.micro_batch": 2})
+    device = _device(processes)
+    layouts = all_layouts(small.parallel, processes, SCHEDULES)
+    _print_changes(console, changes)
+    console.print(
+        f"{len(layouts)} layouts of {processes} processes on {device}; 1 and 2 rounds of micro-batches a step"
+    )
+    with tempfile.TemporaryDirectory(prefix="verify-layout-") as folder:
+        certifier = Certifier(small, args.steps, folder, args.timeout, device)
+        hidden = not sys.stdout.isatty()
+        verdicts = [
+            certifier.verify(layout, _rounds(layout, small.train.global_batch))
+            for layout in track(layouts, "verifying", transient=True, disable=hidden, console=console)
+        ]
+    _print_scale(console, certifier.rounding)
+    _print_summary(console, verdicts)
+    return _print_end(console, verdicts)
+
+
+def _rounds(parallel: ParallelConfig, global_batch: int) -> dict[str, int]:
+    """AdamW with one round of micro-batches a step, Muon with two; a round: one, or what every schedule can do with."""
+    data = parallel.dp_replicate * parallel.dp_shard
+    least = 2 * parallel.pp if parallel.pp > 1 else 1
+    return {name: global_batch // (data * least * rounds) for rounds, name in enumerate(OPTIMIZERS, start=1)}
+
+
+def _device(processes: int) -> str:
+    return "cuda" if count_gpus() >= processes else "cpu"
+
+
+def _print_changes(console: Console, changes: list[Change]) -> None:
+    if changes:
+        listed = ", ".join(f"{key} {before} -> {after}" for key, before, after in changes)
+        console.print(f"made small (--full-size keeps all): {listed}")
+
+
+def _print_scale(console: Console, rounding: dict[str, Any]) -> None:
+    console.print(
+        f"allowed: {MARGIN:.0f} x (the error of one fp32 process + the typical one x the reference), against one "
+        f"process in fp64; optim.eps = {rounding['eps']:.1e}, see `pretrain.verify`"
+    )
+
+
+def _print_quantities(console: Console, verdict: Verdict) -> None:
+    """Each quantity's relative error, what is allowed, and the one in percent of the other."""
+    done = verdict.comparisons
+    first = next(iter(done.values()))
+    starts = [row for row in first.rows["initial weights"] if row.off]
+    lines: list[tuple[str, ...]] = [
+        ("", "error", "allowed", ""),
+        ("initial weights", f"{len(starts)} differ" if starts else "equal", "", ""),
+    ]
+    for kind in ("losses", "norms"):
+        for optimizer, comparison in done.items():
+            lines += [(f"{row.name}, {optimizer}", *_cells(row)) for row in comparison.rows[kind]]
+    _print_columns(console, lines)
+    groups = {"gradient": first.rows["gradients"]} | {f"{name} update": c.rows["weights"] for name, c in done.items()}
+    lines = [("", *(cell for group in groups for cell in (group, "allowed", "")))]
+    for rows in zip(*groups.values(), strict=True):
+        lines.append((rows[0].name, *(cell for row in rows for cell in _cells(row))))
+    _print_columns(console, lines)
+
+
+def _print_columns(console: Console, lines: list[tuple[str, ...]]) -> None:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        text = "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        console.print(text, markup=False, style="red" if " off" in text else None)
+    console.print()
+
+
+def _cells(row: Row) -> tuple[str, str, str]:
+    if row.distance.norm <= row.allowed and row.allowed:
+        return ("zero", "", f"{row.share:.0%}") if not row.off else ("not zero", "", "off")
+    scale = row.distance.norm or 1.0
+    used = f"{row.share:.0%}"
+    if row.off:
+        used = "off" if row.factor is None else f"off, x {describe_factor(row.factor)}"
+    return f"{row.distance.error / scale:.1e}", f"{row.allowed / scale:.1e}", used
+
+
+def _print_summary(console: Console, verdicts: list[Verdict]) -> None:
+    """A line for each layout, failed ones first; the largest error of each kind in percent of what is allowed."""
+    lines: list[tuple[str, ...]] = [("layout", *KINDS, "verdict")]
+    for verdict in sorted((v for v in verdicts if not v.refused), key=lambda v: v.agrees):
+        cells = []
+        for kind in KINDS:
+            worst = max((row.share for c in verdict.comparisons.values() for row in c.rows[kind]), default=None)
+            cells.append("" if worst is None else "equal" if not worst else f"{worst:.0%}" if worst <= 1 else "off")
+        lines.append((describe_layout(verdict.parallel), *cells, verdict.word))
+    _print_columns(console, lines)
+    for verdict in verdicts:
+        if verdict.refused:
+            console.print(f"not possible: {describe_layout(verdict.parallel)}: {verdict.refused}", markup=False)
+
+
+def _print_end(console: Console, verdicts: list[Verdict]) -> int:
+    tried = [verdict for verdict in verdicts if not verdict.refused]
+    failed = [verdict for verdict in tried if verdict.failed]
+    if not failed:
+        console.print(f"{len(tried)} of {len(tried)} layouts agree with one process")
+        return 0
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for verdict in failed:
+        alike.setdefault(tuple(verdict.diagnosis()), []).append(describe_layout(verdict.parallel))
+    for lines, layouts in alike.items():
+        console.print("; ".join(layouts), style="bold red")
+        for line in lines:
+            console.print(f"  {line}", markup=False)
+    console.print(f"\n{len(failed)} of {len(tried)} layouts differ from one process")
+    if len(tried) > 1:
+        agreeing = [features(verdict.parallel) for verdict in tried if verdict.agrees]
+        only, shared = suspects([features(verdict.parallel) for verdict in failed], agreeing)
+        if only:
+            console.print(f"All that differ have {', '.join(only)}, and none that agrees has.")
+        elif shared:
+            console.print(f"All that differ have {', '.join(shared)}; some that agree have it too.")
+    return 1
