@@ -26,14 +26,16 @@ Method = Literal["ulysses", "ring"]
 
 def split_sequence(tensor: Tensor, dim: int, rank: int, cp: int, method: Method) -> Tensor:
     """The part of `rank` of the whole sequence along `dim`: for ulysses 1 of `cp` chunks, for ring 2 of 2 * `cp`."""
+    parts = cp if method == "ulysses" else 2 * cp
+    assert tensor.shape[dim] % parts == 0, f"{tensor.shape[dim]} tokens in {parts} parts"
+    chunks = tensor.chunk(parts, dim)
     if method == "ulysses":
-        return tensor.chunk(cp, dim)[rank]
-    chunks = tensor.chunk(2 * cp, dim)
+        return chunks[rank]
     return torch.cat([chunks[index] for index in chunks_of(rank, cp)], dim)
 
 
 def check_context(seq_len: int, cp: int, method: Method, heads: int, tp: int = 1) -> None:
-    """Raises ValueError when `cp` processes cannot share a sequence of `seq_len` tokens or the `heads` that tp leaves."""
+    """Raises ValueError when `cp` processes cannot share `seq_len` tokens, or the query heads that `tp` leaves them."""
     if cp == 1:
         return
     multiple = cp * (math.lcm(2, tp) if method == "ring" else tp)
@@ -70,7 +72,7 @@ def apply_context(core: nn.Module, mesh: DeviceMesh, method: Method) -> None:
         core.forward = _ring(core, group, mesh.get_local_rank(), cp)
 
 
-def _ulysses(attend: Callable[..., Tensor], group: str, cp: int) -> Callable[..., Tensor]:
+def _ulysses(attend: Callable[..., Tensor], group: Any, cp: int) -> Callable[..., Tensor]:
     def exchange(x: Tensor) -> Tensor:
         """x [cp, ...]: part i goes to rank i; the result's part i comes from rank i."""
         return all_to_all_single_autograd(x.contiguous(), None, None, group)
@@ -98,7 +100,7 @@ def _enough_heads(x: Tensor, cp: int) -> Tensor:
     return x if repeats == 1 else x.repeat_interleave(repeats, dim=2)
 
 
-def _ring(core: nn.Module, group: str, rank: int, cp: int) -> Callable[..., Tensor]:
+def _ring(core: Any, group: str, rank: int, cp: int) -> Callable[..., Tensor]:
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         q, k, v = _computed_in(q, k, v)
         _check_ring(q, v, mask, cp)

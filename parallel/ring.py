@@ -14,7 +14,7 @@ H query heads, K key-value heads, D head size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,7 @@ def ring_attention(
 def _ring(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, window: int, scale: float, group: str
 ) -> tuple[Tensor, Tensor]:
-    ring = _resolve_process_group(group)
+    ring = _resolve_process_group(cast(Any, group))
     kernel = KERNELS[q.device.type]
     mask, plan = _planned(q, bounds, causal, window, ring)
     shape, q, kv = q.shape, q.flatten(0, 1), torch.stack((k, v)).flatten(1, 2)
@@ -83,7 +83,7 @@ def _ring_backward(
     scale: float,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ring = _resolve_process_group(group)
+    ring = _resolve_process_group(cast(Any, group))
     kernel = KERNELS[q.device.type]
     mask, plan = _planned(q, bounds, causal, window, ring)
     q_shape, k_shape = q.shape, k.shape

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ _cuda_backward = torch.ops.aten._flash_attention_backward
 class Kernel:
     """forward(q [n, H, D], k [m, K, D], v, piece, mask, scale) -> out [n, H, D], lse [n, H] in fp32 or wider.
 
-    backward(grad, q, k, v, out, lse, piece, mask, scale) -> gradients of q, k, v. varlen: one call takes many documents.
+    backward(grad, q, k, v, out, lse, piece, mask, scale) -> gradients of q, k, v.
+    varlen: one call takes many documents.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -92,7 +94,7 @@ def _lengths(q: Tensor, k: Tensor, piece: Piece) -> tuple[Tensor, Tensor, int, i
     """cu_seqlens of queries and keys, and the longest of each."""
     if piece.documents:
         edges = piece.documents
-        longest = max(b - a for a, b in zip(edges, edges[1:], strict=False))
+        longest = max(b - a for a, b in pairwise(edges))
         return _on_device(edges, q.device), _on_device(edges, q.device), longest, longest
     n, m = q.shape[0], k.shape[0]
     return _on_device((0, n), q.device), _on_device((0, m), q.device), n, m
