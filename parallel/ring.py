@@ -47,7 +47,7 @@ def _ring(
     ring = _resolve_process_group(cast(Any, group))
     kernel = KERNELS[q.device.type]
     mask, plan = _planned(q, bounds, causal, window, ring)
-    shape, q, kv = q.shape, q.flatten(0, 1), torch.stack((k, v)).flatten(1, 2)
+    shape, q, kv = q.shape, _tokens(q), torch.stack((k, v)).flatten(1, 2)
     out = torch.zeros(q.shape, dtype=_wide(q), device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=_wide(q), device=q.device)
     for step, pieces in enumerate(plan):
@@ -87,7 +87,7 @@ def _ring_backward(
     kernel = KERNELS[q.device.type]
     mask, plan = _planned(q, bounds, causal, window, ring)
     q_shape, k_shape = q.shape, k.shape
-    grad, q, out = (x.flatten(0, 1) for x in (grad, q, out))
+    grad, q, out = (_tokens(x) for x in (grad, q, out))
     kv = torch.stack((k, v)).flatten(1, 2)
     grad_q = torch.zeros(q.shape, dtype=_wide(q), device=q.device)
     travelling: _Shift | None = None
@@ -172,6 +172,12 @@ def _planned(q: Tensor, bounds: Tensor, causal: bool, window: int, ring: dist.Pr
         edges = _edges[bounds] = tuple(sorted(set(bounds.tolist())))
     mask = Mask(edges, B, S * cp, causal, window or None)
     return mask, ring_plan(mask, rank, cp, varlen=KERNELS[q.device.type].varlen)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, S, H, D] -> [N, H, D] with adjacent elements of a head, as the kernels want; a gradient may be expanded."""
+    x = x.flatten(0, 1)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _wide(x: Tensor) -> torch.dtype:
