@@ -27,7 +27,7 @@ class EngineSpec:
     called `sums`, of which "loss" is differentiated. sequence: entries of a batch whose dim 1 context parallelism cuts.
     make_optimizer: named parameters -> optimizer. clip_grad_norm: largest norm, 0 for none. recompute_every: of how
     many blocks one recomputes. compile: compile blocks; the loss compiles what it wants itself. seq_len: tokens of a
-    sample.
+    sample. global_batch, micro_batch: samples of a step over all processes, and of what one forward takes.
     """
 
     build: Callable[[], nn.Module]
@@ -39,6 +39,8 @@ class EngineSpec:
     make_optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
     parallel: ParallelConfig
     seq_len: int
+    global_batch: int
+    micro_batch: int
     precision: Precision = "fp32"
     recompute: Recompute = "none"
     recompute_every: int = 1

@@ -1,7 +1,8 @@
 """From the meta device to real parameters, with initial values that do not depend on the layout."""
 
 import hashlib
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,14 @@ def materialise(model: Any, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def init_parameters(model: Any, seed: int) -> None:
+def init_parameters(model: Any, seed: int, tied: Mapping[str, str]) -> None:
     """Fill every parameter with a function of (seed, its name): all layouts start equal.
 
-    One full tensor at a time is drawn on the CPU, and each rank keeps its part.
+    One full tensor at a time is drawn on the CPU, and each rank keeps its part. tied: name -> name of the parameter,
+    perhaps of another pipeline stage, whose values it gets.
     """
-    for name, parameter in model.named_parameters():
+    for own_name, parameter in model.named_parameters():
+        name = tied.get(own_name, own_name)
         full = torch.empty(parameter.shape)  # fp32 values, whatever precision they are then kept in
         model.init_parameter(name, full, generator_for(seed, name))
         if isinstance(parameter, DTensor):
@@ -33,6 +36,31 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     """A CPU generator that is a function of (seed, name)."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+class Named(NamedTuple):
+    """tensors: parameters by name, each storage once. ties: other name -> the name it is stored under. copies: other
+    name -> parameter of the last pipeline stage that has the values of one of the first stage; it stands among
+    `tensors` where the first stage is on another process.
+    """
+
+    tensors: dict[str, Tensor]
+    ties: dict[str, str]
+    copies: dict[str, Tensor]
+
+
+def name_stages(models: Iterable[nn.Module], tied: Mapping[str, str]) -> Named:
+    """Parameters of the pipeline stages of a process; `tied` as the plan states it."""
+    named = Named({}, {}, {})
+    for model in models:
+        tensors, ties = named_tensors(model)
+        named.ties.update(ties)
+        for name, parameter in tensors.items():
+            (named.copies if name in tied else named.tensors)[name] = parameter
+    for name, parameter in named.copies.items():
+        named.ties[name] = tied[name]
+        named.tensors.setdefault(tied[name], parameter)
+    return named
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,6 +11,7 @@ from parallel.engine import EngineSpec
 from parallel.fsdp import apply_fsdp
 from parallel.materialise import init_parameters, materialise
 from parallel.mesh import SHARD_AXIS, Mesh
+from parallel.pipeline_cut import check_microbatches, cut, plan_stages, stages_of
 from parallel.plan import match_modules, styles_of
 from parallel.remat import apply_remat
 from parallel.tensor import apply_tensor
@@ -33,31 +34,59 @@ class Stage(nn.Module):
         return hidden if self._loss is None else self._loss(self.model, hidden, batch)
 
 
-def parallelize(spec: EngineSpec, mesh: Mesh | None, device: torch.device) -> Stage:
-    """Build on meta; cut matrices, then the sequence; recompute, compile, shard; then allocate and initialise.
+def parallelize(spec: EngineSpec, mesh: Mesh | None, device: torch.device) -> dict[int, Stage]:
+    """The pipeline stages of this process by their index; one that is the whole model without pipeline parallelism.
 
-    Compile comes before FSDP so that each block is one compiled graph and collectives stay outside; recomputation
-    before compile, which then plans it. `mesh` None: one process. Raises ValueError for a plan that does not fit its
-    model.
+    `mesh` None: one process. Raises ValueError for a plan that does not fit its model, and for degrees of pipeline
+    parallelism that model or batch cannot have.
     """
+    stages = cut_stages(spec, mesh)
+    pp, pp_rank = (1, 0) if mesh is None else (mesh["pp"].size(), mesh["pp"].get_local_rank())
+    held = stages_of(spec.parallel.schedule, pp_rank, pp, len(stages)) if pp > 1 else [0]
+    return {index: _make_stage(spec, mesh, device, stages, index) for index in held}
+
+
+def cut_stages(spec: EngineSpec, mesh: Mesh | None) -> list[range]:
+    """Layers of every pipeline stage, of all processes."""
+    model = _build(spec)
+    if mesh is None or mesh["pp"].size() == 1:
+        return [range(len(match_modules(model, spec.plan.blocks)))]
+    pp, data = mesh["pp"].size(), mesh["dp_replicate"].size() * mesh[SHARD_AXIS].size() // mesh["cp"].size()
+    stages = plan_stages(model, spec.plan, spec.parallel, pp, spec.seq_len)
+    check_microbatches(spec.parallel, pp, len(stages), spec.global_batch, spec.micro_batch, data)
+    return stages
+
+
+def _build(spec: EngineSpec) -> Any:
     with torch.device("meta"):
-        model: Any = spec.build()
-    if spec.precision == "fp64":
-        model.double()
+        model = spec.build()
+    return model.double() if spec.precision == "fp64" else model
+
+
+def _make_stage(spec: EngineSpec, mesh: Mesh | None, device: torch.device, stages: list[range], index: int) -> Stage:
+    """Build on meta; cut matrices, then layers, then the sequence; recompute, compile, shard; then allocate and fill.
+
+    Matrices come first because the plan names modules of the whole model. Compile comes before FSDP so that each block
+    is one compiled graph and collectives stay outside; recomputation before compile, which then plans it.
+    """
+    model = _build(spec)
     styles_of(model, spec.plan)
-    blocks = match_modules(model, spec.plan.blocks).values()
     if mesh is not None and mesh["tp"].size() > 1:
         apply_tensor(model, spec.plan, mesh["tp"])
         model.tie_weights()
+    last = index == len(stages) - 1
+    cut(model, spec.plan, stages[index], first=index == 0, last=last)
+    blocks = match_modules(model, spec.plan.blocks).values()
     if mesh is not None:
         for core in match_modules(model, spec.plan.attention).values():
             apply_context(core, mesh["cp"], spec.parallel.cp_method)
-    for block in list(blocks)[:: spec.recompute_every]:
-        apply_remat(block, spec.recompute)
+    for layer, block in zip(stages[index], blocks, strict=True):
+        if layer % spec.recompute_every == 0:
+            apply_remat(block, spec.recompute)
     if spec.compile:
         for block in blocks:
             block.compile()
-    stage = Stage(model, spec.forward, spec.loss)
+    stage = Stage(model, spec.forward, spec.loss if last else None)
     # On CPU autocast's own cast is cheaper than gathering in bf16.
     bf16 = spec.precision == "bf16" and device.type == "cuda"
     if mesh is not None and (bf16 or mesh["dp_replicate"].size() * mesh[SHARD_AXIS].size() > 1):
@@ -67,9 +96,10 @@ def parallelize(spec: EngineSpec, mesh: Mesh | None, device: torch.device) -> St
             blocks,
             mesh,
             bf16=bf16,
-            reshard_after_forward=options.reshard_after_forward,
+            # In a pipeline each micro-batch would gather all parameters again.
+            reshard_after_forward=options.reshard_after_forward and len(stages) == 1,
             cpu_offload=options.cpu_offload,
         )
     materialise(model, torch.device("cpu") if spec.parallel.cpu_offload else device)
-    init_parameters(model, spec.seed)
+    init_parameters(model, spec.seed, spec.plan.tied)
     return stage

@@ -1,8 +1,8 @@
 """Pipeline parallelism: stages of the model on different processes, micro-batches passing through them.
 
-The schedules are those of `torch.distributed.pipelining`. Sources: GPipe, Huang et al. 2019 (arXiv:1811.06965); 1F1B and
-interleaved, Narayanan et al. 2021 (arXiv:2104.04473); zero bubble, Qi et al. 2024 (arXiv:2401.10241); breadth first,
-Lamy-Poirier 2023 (arXiv:2211.05953); DualPipe, DeepSeek-AI 2024 (arXiv:2412.19437).
+The schedules are those of `torch.distributed.pipelining`. Sources: GPipe, Huang et al. 2019 (arXiv:1811.06965); 1F1B
+and interleaved, Narayanan et al. 2021 (arXiv:2104.04473); zero bubble, Qi et al. 2024 (arXiv:2401.10241); breadth
+first, Lamy-Poirier 2023 (arXiv:2211.05953); DualPipe, DeepSeek-AI 2024 (arXiv:2412.19437).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -117,17 +117,15 @@ class Pipeline:
 
     def exchange(self, tensor: Tensor, peer: int) -> Tensor:
         """The tensor of the same shape that process `peer` of the pipeline gives in the same call."""
-        received = torch.empty_like(tensor)
-        mine, theirs = tensor.contiguous(), received
-        ranks = dist.get_global_rank(self._group, peer)
-        ops = [dist.P2POp(dist.isend, mine, ranks, self._group), dist.P2POp(dist.irecv, theirs, ranks, self._group)]
-        for work in dist.batch_isend_irecv(ops):
+        mine = tensor.contiguous()
+        theirs = torch.empty_like(mine)
+        for work in dist.batch_isend_irecv([self._op(dist.isend, mine, peer), self._op(dist.irecv, theirs, peer)]):
             work.wait()
-        return received
+        return theirs
 
     def sum_tied(self, first: Tensor | None, last: Tensor | None) -> None:
-        """Gradients of a parameter that the first and the last stage have a copy of each become their sum, bitwise equal
-        on both. Pass those that this process has; collective over the processes of both stages.
+        """Gradients of a parameter that the first and the last stage have a copy of each become their sum, bitwise
+        equal on both. Pass those that this process has; collective over the processes of both stages.
         """
         for mine, stage in ((first, self._num_stages - 1), (last, 0)):
             if mine is None:

@@ -1,6 +1,7 @@
 """Which pipeline stage has which layers, and which process which stage: all that can be known before a model runs."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,7 +77,7 @@ def cut_by_hand(stage_layers: Sequence[int], layers: int, stages: int) -> list[r
         )
     if sum(written) != layers or min(written) < 1:
         raise ValueError(
-            f"parallel.stage_layers = {written} sums to {sum(written)}, but must share out the model's {layers} layers, "
+            f"parallel.stage_layers = {written} sums to {sum(written)}; it must share out the model's {layers} layers, "
             "at least 1 a stage"
         )
     return [range(sum(written[:stage]), sum(written[: stage + 1])) for stage in range(stages)]
@@ -112,7 +113,7 @@ def cut_layers(costs: Sequence[float], stages: int, head_cost: float = 0.0, embe
             longer[end] = min(choices)
         best = longer
     starts = (*best[layers][2], layers)
-    return [range(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+    return [range(start, end) for start, end in pairwise(starts)]
 
 
 def plan_stages(model: Any, plan: Plan, options: ParallelConfig, pp: int, seq_len: int) -> list[range]:
@@ -123,7 +124,7 @@ def plan_stages(model: Any, plan: Plan, options: ParallelConfig, pp: int, seq_le
         return cut_by_hand(options.stage_layers, len(blocks), stages)
     ends = {name: module for name, module in model.named_children() if name in (*plan.first, *plan.last)}
     first, last = ([matrix_flops(ends[name]) for name in names if name in ends] for names in (plan.first, plan.last))
-    costs = [matrix_flops(block) + attention_flops(name, block, plan, seq_len) for name, block in blocks.items()]
+    costs = [matrix_flops(block) + attention_flops(block, plan, seq_len) for block in blocks.values()]
     return cut_layers(costs, stages, sum(last), sum(first))
 
 
@@ -134,8 +135,8 @@ def matrix_flops(module: nn.Module) -> float:
     return 6.0 * sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
-def attention_flops(name: str, block: nn.Module, plan: Plan, seq_len: int) -> float:
-    """FLOPs a token of attention in the block called `name`, forward and backward, half of the row seen: 6 S H D.
+def attention_flops(block: nn.Module, plan: Plan, seq_len: int) -> float:
+    """FLOPs a token of attention in a block, forward and backward, half of the row seen: 6 S H D.
 
     H D is the input width of the row-cut projection beside each attention core.
     """
@@ -146,7 +147,7 @@ def attention_flops(name: str, block: nn.Module, plan: Plan, seq_len: int) -> fl
         for pattern, style in plan.tensor.items():
             inside, _, leaf = pattern.removeprefix(f"{plan.blocks}.").rpartition(".")
             if style == "row" and inside == owner:
-                flops += 6.0 * seq_len * block.get_submodule(f"{owner}.{leaf}").in_features  # type: ignore[operator]
+                flops += 6.0 * seq_len * int(block.get_submodule(f"{owner}.{leaf}").in_features)  # type: ignore[arg-type]
     return flops
 
 
@@ -167,7 +168,9 @@ def cut(model: Any, plan: Plan, layers: range, *, first: bool, last: bool) -> No
                 setattr(model, name, None)
 
 
-def check_microbatches(options: ParallelConfig, pp: int, stages: int, global_batch: int, micro_batch: int, data: int):
+def check_microbatches(
+    options: ParallelConfig, pp: int, stages: int, global_batch: int, micro_batch: int, data: int
+) -> None:
     """Raises ValueError where the micro-batches of a step on one of `data` data ranks are not what the schedule needs.
 
     The schedule itself is asked, so that this holds for all that torch has.
@@ -181,10 +184,11 @@ def check_microbatches(options: ParallelConfig, pp: int, stages: int, global_bat
     smaller = [micro_batch * count // n for n in near if n > count and micro_batch * count % n == 0]
     if smaller:
         cures.append(f"train.micro_batch = {smaller[0]}")
+    where = f"parallel.schedule = {options.schedule!r} with parallel.pp = {pp} ({stages} stages)"
     raise ValueError(
-        f"train.global_batch = {global_batch} with train.micro_batch = {micro_batch} makes {count} micro-batches a step, "
-        f"but parallel.schedule = {options.schedule!r} with parallel.pp = {pp} ({stages} stages) needs "
-        f"{' or '.join(map(str, near))}; set {', or '.join(cures)}, or lower parallel.pp"
+        f"train.global_batch = {global_batch} with train.micro_batch = {micro_batch} makes {count} micro-batches a step "
+        f"on each of {data} data ranks, but {where} needs {' or '.join(map(str, near))}; "
+        f"set {', or '.join(cures)}, or lower parallel.pp"
     )
 
 

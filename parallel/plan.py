@@ -32,7 +32,8 @@ class Plan:
     first, last: modules that only the first or the last pipeline stage has.
     attention: the attention cores, whose forward context parallelism replaces.
     tied: name of a parameter -> name of the one it shares storage with.
-    heads, kv_heads: number of query heads and of key/value heads of one layer.
+    heads, kv_heads: number of query heads and of key/value heads of one layer. hidden: width of what goes from block to
+    block.
     """
 
     blocks: str
@@ -43,6 +44,7 @@ class Plan:
     tied: Mapping[str, str] = field(default_factory=dict)
     heads: int = 1
     kv_heads: int = 1
+    hidden: int = 1
 
 
 def match_modules(model: nn.Module, pattern: str) -> dict[str, nn.Module]:

@@ -205,6 +205,8 @@ def build_engine(config: RunConfig, world: World, objective: Any, compiling: boo
         make_optimizer=lambda named: build_optimizer(named, config.optim),
         parallel=config.parallel,
         seq_len=config.data.seq_len,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
         precision=config.train.precision,
         recompute=config.train.recompute,
         recompute_every=config.train.recompute_every,

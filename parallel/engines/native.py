@@ -13,10 +13,11 @@ from parallel.context import check_context, split_sequence
 from parallel.engine import Batch, EngineSpec, Sums
 from parallel.fsdp import reduce_over_replicas
 from parallel.gradients import clip, settle, total_norm
-from parallel.materialise import named_tensors
+from parallel.materialise import name_stages
 from parallel.mesh import Mesh, resolve_degrees
 from parallel.optimizer_state import optimizer_state, set_lr
 from parallel.parallelize import parallelize
+from parallel.pipeline import Pipeline
 from parallel.tensor import check_tensor
 from parallel.world import World
 
@@ -38,34 +39,40 @@ class NativeEngine:
         self._cut = spec.sequence if cp > 1 else ()
         self.precision = spec.precision
         self.max_norm = spec.clip_grad_norm
-        self.root = parallelize(spec, self.mesh, world.device)
-        self.model = self.root.model
-        self.optimizer = spec.make_optimizer(self.model.named_parameters())
-        self._tensors, self._ties = named_tensors(self.model)
+        self.stages = parallelize(spec, self.mesh, world.device)
+        self.pipeline = self._make_pipeline(spec) if degrees["pp"] > 1 else None
+        self._tied = spec.plan.tied
+        self._named = name_stages((stage.model for stage in self.stages.values()), spec.plan.tied)
+        self.optimizer = spec.make_optimizer(self._parameters())
 
     def forward_backward(self, microbatches: list[Batch], count: Tensor) -> Sums:
-        totals: Sums = {}
-        for index, batch in enumerate(microbatches):
-            reduce_over_replicas(self.root, index == len(microbatches) - 1)
-            with self._autocast():
-                sums = self.root(self._to_device(batch))
-            (sums["loss"] / count).backward()
-            _add(totals, sums)
-        settle(self._tensors.values())
+        if self.pipeline is None:
+            totals = self._accumulate(microbatches, count)
+        else:
+            totals = self.pipeline.forward_backward([self._to_device(batch) for batch in microbatches], count)
+        settle(tensor for _, tensor in self._parameters())
+        if self.pipeline is not None:
+            for copy, original in self._tied.items():
+                held = self._named.tensors.get(original) if 0 in self.stages else None
+                self.pipeline.sum_tied(held, self._named.copies.get(copy))
         return {name: value / count for name, value in self._reduce(totals).items()}
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Batch]) -> Sums:
+        if self.pipeline is not None:
+            return self._reduce(self.pipeline.evaluate(map(self._to_device, microbatches)))
         totals: Sums = {}
         for batch in microbatches:
             with self._autocast():
-                _add(totals, self.root(self._to_device(batch)))
+                _add(totals, self.stages[0](self._to_device(batch)))
         return self._reduce(totals)
 
     def clip_grad_norm(self) -> Tensor:
-        norm = total_norm(self._tensors.values(), self.device)
+        copies = {id(copy) for copy in self._named.copies.values()}
+        once = (tensor for tensor in self._named.tensors.values() if id(tensor) not in copies)
+        norm = total_norm(once, self.device)
         if self.max_norm:
-            clip(self._tensors.values(), self.max_norm, norm)
+            clip((tensor for _, tensor in self._parameters()), self.max_norm, norm)
         return norm
 
     def step(self, lr: float) -> None:
@@ -81,21 +88,68 @@ class NativeEngine:
         return -(-values // self.copies)
 
     def gradients(self) -> dict[str, Tensor]:
-        return {name: tensor.grad for name, tensor in self._tensors.items() if tensor.grad is not None}
+        return {name: tensor.grad for name, tensor in self._named.tensors.items() if tensor.grad is not None}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
-        return {"model": tensors, "optimizer": optimizer_state(self.optimizer, self._tensors.items())}
+        tensors = {name: tensor.detach() for name, tensor in self._named.tensors.items()}
+        optimizer = optimizer_state(self.optimizer, self._parameters())
+        known = {key: value for key, value in optimizer.items() if key.partition(".")[2] in tensors}
+        return {"model": tensors, "optimizer": known}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Nothing to do: `state_dict()` gave the live tensors, and reading filled them."""
+        """`state_dict()` gave the live tensors, and reading filled them; what is left are second copies here."""
+        for name, copy in self._named.copies.items():
+            original = self._named.tensors[self._tied[name]]
+            if original is not copy:
+                copy.copy_(original)
+                for key, value in self.optimizer.state[original].items():
+                    self.optimizer.state[copy][key].copy_(value)
 
     @property
     def ties(self) -> dict[str, str]:
-        return self._ties
+        return self._named.ties
 
     def close(self) -> None:
         self.optimizer.zero_grad()
+
+    def _make_pipeline(self, spec: EngineSpec) -> Pipeline:
+        assert self.mesh is not None
+        pp, tp = self.mesh["pp"], self.mesh["tp"].size()
+
+        def hidden_shape(batch: Batch) -> tuple[int, ...]:
+            rows, length = batch[spec.sequence[0]].shape
+            return rows, length // tp, spec.plan.hidden
+
+        return Pipeline(
+            self.stages,
+            schedule=spec.parallel.schedule,
+            num_stages=len(self.stages) * pp.size(),
+            group=pp.get_group(),
+            device=self.device,
+            hidden_shape=hidden_shape,
+            dtype=torch.float64 if spec.precision == "fp64" else torch.float32,
+            sums=spec.sums,
+            context=self._autocast,
+            split_backward=not spec.compile and spec.recompute == "none",
+        )
+
+    def _parameters(self) -> list[tuple[str, Any]]:
+        """All parameters of this process by the names of `state_dict()`, a second copy by its own."""
+        held = self._named.tensors
+        copies = self._named.copies.items()
+        return [*held.items(), *((name, copy) for name, copy in copies if held[self._tied[name]] is not copy)]
+
+    def _accumulate(self, microbatches: list[Batch], count: Tensor) -> Sums:
+        totals: Sums = {}
+        root = self.stages[0]
+        for index, batch in enumerate(microbatches):
+            reduce_over_replicas(root, index == len(microbatches) - 1)
+            with self._autocast():
+                sums = root(self._to_device(batch))
+            (sums["loss"] / count).backward()
+            _add(totals, sums)
+        return totals
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision != "bf16":

@@ -69,8 +69,8 @@ def gradients(overrides: list[str]) -> dict[str, torch.Tensor]:
     microbatches = [objective.collate(each) for each in single]
     count = engine.sum_over_data(torch.tensor(objective.count(microbatches)))
     sums = engine.forward_backward(microbatches, count)
-    named = engine.model.named_parameters()
-    result = {name: (p.grad.full_tensor() if size > 1 else p.grad).clone() for name, p in named}
+    named = engine.gradients().items()
+    result = {name: (grad.full_tensor() if size > 1 else grad).clone() for name, grad in named}
     return result | {"loss": sums["loss"], "norm": engine.clip_grad_norm()}
 
 
@@ -95,9 +95,10 @@ def _check_placements() -> None:
     engine = build_engine(config, World(dist.get_rank(), 4, torch.device("cpu")), objective)
     batch = {name: torch.zeros(1, 16, dtype=torch.int64) for name in ("tokens", "targets", "positions", "documents")}
     engine.forward_backward([objective.collate(batch)], torch.tensor(16))
-    for parameter in engine.model.parameters():
-        assert parameter.grad.placements == parameter.placements
-        assert local(parameter.grad).shape == local(parameter).shape
+    parameters = engine.state_dict()["model"]
+    for name, gradient in engine.gradients().items():
+        assert gradient.placements == parameters[name].placements
+        assert local(gradient).shape == local(parameters[name]).shape
 
 
 @pytest.mark.parametrize(

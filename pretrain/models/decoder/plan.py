@@ -37,4 +37,5 @@ def plan(cfg: DecoderConfig) -> Plan:
         tied={"head.weight": "embed.weight"} if cfg.tied else {},
         heads=cfg.heads,
         kv_heads=cfg.num_kv_heads,
+        hidden=cfg.hidden,
     )
