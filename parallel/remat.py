@@ -9,9 +9,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 Recompute = Literal["none", "selective", "full"]
 
-# Expensive to compute for their size: selective recomputation keeps the results of these and of every fused attention
-# kernel (known by its name: torch's, flash-attn's and our own are many), and recomputes the rest.
+# Expensive to compute for their size: selective recomputation keeps the results of these, of every fused attention
+# kernel (known by its name: torch's, flash-attn's and our own are many) and of communication whose result is no larger
+# than its input, and recomputes the rest.
 SAVED_OPS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+SAVED_NAMES = ("attention", "attn", "reduce_scatter", "all_to_all")
 
 
 def apply_remat(block: nn.Module, recompute: Recompute) -> None:
@@ -28,5 +30,5 @@ def apply_remat(block: nn.Module, recompute: Recompute) -> None:
 
 
 def _policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    saved = op in SAVED_OPS or any(part in str(op) for part in ("attention", "attn"))
+    saved = op in SAVED_OPS or any(part in str(op) for part in SAVED_NAMES)
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE

@@ -85,7 +85,9 @@ def _place(module: nn.Module, mesh: DeviceMesh, weight: Placement | None, bias: 
 def _communicate(module: nn.Module, mesh: DeviceMesh, layout: Layout) -> None:
     def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0] if isinstance(args[0], DTensor) else DTensor.from_local(args[0], mesh, [layout.given])
-        return (x.redistribute(placements=[layout.wanted]), *args[1:])
+        # Where nothing moves, no redistribution either: its backward would all-reduce each consumer's partial gradient,
+        # which are better summed here and reduce-scattered once.
+        return (x if x.placements == (layout.wanted,) else x.redistribute(placements=[layout.wanted]), *args[1:])
 
     def after(_module: nn.Module, _args: Any, output: DTensor) -> Tensor:
         assert layout.output is not None
