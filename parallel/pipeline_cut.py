@@ -186,7 +186,7 @@ def check_microbatches(
         cures.append(f"train.micro_batch = {smaller[0]}")
     where = f"parallel.schedule = {options.schedule!r} with parallel.pp = {pp} ({stages} stages)"
     raise ValueError(
-        f"train.global_batch = {global_batch} with train.micro_batch = {micro_batch} makes {count} micro-batches a step "
+        f"train.global_batch = {global_batch} with train.micro_batch = {micro_batch} is {count} micro-batches a step "
         f"on each of {data} data ranks, but {where} needs {' or '.join(map(str, near))}; "
         f"set {', or '.join(cures)}, or lower parallel.pp"
     )
