@@ -26,7 +26,12 @@ def apply_remat(block: nn.Module, recompute: Recompute) -> None:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if recompute == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    block.forward = partial(checkpoint, block.forward, **options)
+    whole = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:  # no partial: dynamo leaves those uncompiled without a word
+        return checkpoint(whole, *args, **options, **kwargs)
+
+    block.forward = forward
 
 
 def _policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -9,7 +9,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-
 # In the messages of torch's RuntimeErrors: gloo's transport, NCCL, and the store that processes meet at.
 LOST_PEER = ("gloo", "NCCL", "TCPStore")
 
@@ -32,8 +31,8 @@ def join_world(timeout_minutes: float = 10.0) -> Iterator[World]:
 
     Without those variables this process is alone and no process group is made. On leaving without an error all ranks
     meet at a barrier first: gloo sometimes aborts when one process is gone before the others are done. An error that
-    not all ranks have alike (those carry `on_all_ranks`) gets a note that names the rank. Raises ConnectionError where a
-    collective failed because another process is gone.
+    not all ranks have alike (those carry `on_all_ranks`) gets a note that names the rank. Raises ConnectionError where
+    a collective failed because another process is gone.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +43,10 @@ def config(folder: str, steps: int, *overrides: str) -> RunConfig:
 
 def our_loop(folder: str, steps: int, compiled: bool) -> list[float]:
     train(config(folder, steps, f"train.compile={'on' if compiled else 'off'}", "run.resume=never"), ALONE)
+    return logged_seconds(folder)
+
+
+def logged_seconds(folder: str) -> list[float]:
     lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
     return [line["seconds"] for line in lines]
 
@@ -64,7 +69,7 @@ def bare_step(folder: str, steps: int, compiled: bool) -> list[float]:
     return time_calls(step, steps)
 
 
-def trainer(folder: str, steps: int, compiled: bool) -> list[float]:
+def trainer(folder: str, steps: int, compiled: bool, rows: int = 8, **arguments: Any) -> list[float]:
     import transformers
 
     class Clock(transformers.TrainerCallback):
@@ -87,12 +92,12 @@ def trainer(folder: str, steps: int, compiled: bool) -> list[float]:
         )
     )
     assert model.num_parameters() == 12_587_904
-    rows = torch.randint(0, 8192, (8 * steps, 512))
+    tokens = torch.randint(0, 8192, (TOKENS // 512 * steps, 512))
     clock = Clock()
-    arguments = transformers.TrainingArguments(
+    settings = transformers.TrainingArguments(
         output_dir=f"{folder}/trainer",
         max_steps=steps,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=rows,
         bf16=True,
         use_cpu=True,
         torch_compile=compiled,
@@ -102,9 +107,10 @@ def trainer(folder: str, steps: int, compiled: bool) -> list[float]:
         logging_steps=10**6,
         save_strategy="no",
         disable_tqdm=True,
+        **arguments,
     )
-    dataset = [{"input_ids": row, "labels": row} for row in rows]
-    transformers.Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[clock]).train()
+    dataset = [{"input_ids": row, "labels": row} for row in tokens]
+    transformers.Trainer(model=model, args=settings, train_dataset=dataset, callbacks=[clock]).train()
     return [later - earlier for earlier, later in zip(clock.times, clock.times[1:], strict=False)]
 
 
@@ -150,7 +156,7 @@ def main() -> None:
             for name in CANDIDATES:
                 rates[name].append(measure(name, f"{folder}/{turn}-{len(name)}", folder, args.steps))
                 print(f"round {turn + 1}: {name:20} {rates[name][-1]:8,.0f} tokens/s", flush=True)
-    report(rates)
+    report(rates, RATIOS)
 
 
 def measure(name: str, work: str, folder: str, steps: int) -> float:
@@ -165,11 +171,11 @@ def measure(name: str, work: str, folder: str, steps: int) -> float:
     return float(results[0].split()[1])
 
 
-def report(rates: dict[str, list[float]]) -> None:
-    print(f"\n{'':20} {'median':>9} {'min':>9} {'max':>9}  tokens/s")
+def report(rates: dict[str, list[float]], ratios: list[tuple[str, str, float]]) -> None:
+    print(f"\n{'':34} {'median':>9} {'min':>9} {'max':>9}  tokens/s")
     for name, values in rates.items():
-        print(f"{name:20} {statistics.median(values):9,.0f} {min(values):9,.0f} {max(values):9,.0f}")
-    for ours, peer, aim in RATIOS:
+        print(f"{name:34} {statistics.median(values):9,.0f} {min(values):9,.0f} {max(values):9,.0f}")
+    for ours, peer, aim in ratios:
         ratio = statistics.median(rates[ours]) / statistics.median(rates[peer])
         print(f"{ours} / {peer}: {ratio:.2f} (aim {aim})")
 

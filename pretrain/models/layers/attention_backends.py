@@ -76,7 +76,7 @@ def matmul(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, s
         cols = _columns(mask, rows, T, offset)
         n, m = len(rows), len(cols)
         scores = grouped[:, :, :, rows.start : rows.stop].reshape(B, K, G * n, D) @ keys[..., cols.start : cols.stop]
-        scores = scores.view(B, K, G, n, m).float() * scale
+        scores = scores.view(B, K, G, n, m).to(torch.promote_types(q.dtype, torch.float32)) * scale
         if softcap is not None:
             scores = cap(scores, softcap)
         if not mask.is_full:

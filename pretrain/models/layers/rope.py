@@ -86,6 +86,6 @@ def cos_sin(rope: Rope, positions: Tensor, head_dim: int) -> tuple[Tensor, Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, S, H, D]: pair i is (x[i], x[i + D/2]), the layout of Hugging Face's Llama; in fp32, fp64 in fp64."""
+    """Rotate x [B, S, H, D]: pair i is (x[i], x[i + D/2]), the layout of Hugging Face's Llama; in fp32 or wider."""
     first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
