@@ -5,7 +5,7 @@ With `dp_replicate` > 1 this is HSDP: shards are replicated, and gradients all-r
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -79,3 +79,19 @@ def reduce_over_replicas(root: nn.Module, enabled: bool) -> None:
     """HSDP with accumulation: all-reduce over replicas in the last micro-batch's backward only."""
     if isinstance(root, FSDPModule):
         cast(FSDPModule, root).set_requires_all_reduce(enabled)
+
+
+def widen_gradients(root: nn.Module) -> None:
+    """Add gradients that stand in bf16 to those accumulated in the dtype that they are reduced in.
+
+    FSDP does so in a hook of backward, past which a zero-bubble schedule's backward of the weights alone goes: further
+    micro-batches would be added in bf16.
+    """
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch before 2.13: one
+            for group in groups:
+                for parameter in group.fsdp_params if group is not None else ():
+                    parameter.accumulate_unsharded_grad_if_needed()
+                    parameter.to_accumulated_grad_if_needed()

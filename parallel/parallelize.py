@@ -11,7 +11,7 @@ from parallel.engine import EngineSpec
 from parallel.fsdp import apply_fsdp
 from parallel.materialise import init_parameters, materialise
 from parallel.mesh import SHARD_AXIS, Mesh
-from parallel.pipeline_cut import check_microbatches, cut, plan_stages, stages_of
+from parallel.pipeline_cut import check_microbatches, cut, cut_by_hand, plan_stages, schedule_class, stages_of
 from parallel.plan import match_modules, styles_of
 from parallel.remat import apply_remat
 from parallel.tensor import apply_tensor
@@ -49,8 +49,10 @@ def parallelize(spec: EngineSpec, mesh: Mesh | None, device: torch.device) -> di
 def cut_stages(spec: EngineSpec, mesh: Mesh | None) -> list[range]:
     """Layers of every pipeline stage, of all processes."""
     model = _build(spec)
+    schedule_class(spec.parallel.schedule)
     if mesh is None or mesh["pp"].size() == 1:
-        return [range(len(match_modules(model, spec.plan.blocks)))]
+        layers = len(match_modules(model, spec.plan.blocks))
+        return cut_by_hand(spec.parallel.stage_layers or (layers,), layers, 1)
     pp, data = mesh["pp"].size(), mesh["dp_replicate"].size() * mesh[SHARD_AXIS].size() // mesh["cp"].size()
     stages = plan_stages(model, spec.plan, spec.parallel, pp, spec.seq_len)
     check_microbatches(spec.parallel, pp, len(stages), spec.global_batch, spec.micro_batch, data)

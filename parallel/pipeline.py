@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
+from parallel.fsdp import widen_gradients
 from parallel.gradients import local
 from parallel.pipeline_cut import owner_of, schedule_class, stages_of
 
@@ -88,7 +89,8 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Batch]) -> Sums:
-        """Sums as `forward_backward` returns them, without gradients; any number of micro-batches, of any shapes.
+        """Sums as `forward_backward` returns them, without gradients; any number of micro-batches, of any shapes. Empty
+        where there are none.
 
         All processes move in slots: each micro-batch goes one stage further a slot, and what crosses processes
         is exchanged between slots in one batch, which no order of sends and receives can block.
@@ -104,7 +106,7 @@ class Pipeline:
                 if batch is not None:
                     under_way.append(_Traveller(batch))
             if exhausted and not under_way:
-                return totals
+                return totals if slot else {}
             for traveller in under_way:
                 if traveller.stage in self._modules:
                     with self._context():
@@ -222,6 +224,10 @@ class _MicrobatchStage(PipelineStage):
             return output
         _add(self.run.totals, output)
         return output["loss"] / self.run.count
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        widen_gradients(self.submod)
 
 
 def _add(totals: Sums, sums: Sums) -> None:
