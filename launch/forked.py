@@ -50,18 +50,19 @@ def warm_up(modules: Sequence[str]) -> None:
 
 
 def run_world(
-    function: Callable[..., Any], size: int, *args: Any, device: str = "cpu", timeout: float = 120.0
+    function: Callable[..., Any], size: int, *args: Any, device: str = "cpu", timeout: float = 120.0, threads: int = 1
 ) -> Ended:
     """Call `function(world, *args)` on `size` ranks; it stands at the top of a module and returns what JSON can hold.
 
     device: "cpu" (gloo), or "cuda" (NCCL, rank i on GPU i). After `timeout` seconds all ranks are ended, and the
-    problem says where each one stood. No process group is made for a single rank.
+    problem says where each one stood. No process group is made for a single rank. threads: of one rank; small models
+    on a busy machine are many times slower with two than with one.
     """
     with tempfile.TemporaryDirectory(prefix="pretrain-ranks-") as folder:
         pipes, processes = [], []
         for rank in range(size):
             receiver, sender = _context.Pipe(duplex=False)
-            job = (function, args, rank, size, device, folder, timeout, sender)
+            job = (function, args, rank, size, device, folder, timeout, threads, sender)
             process = _context.Process(target=_rank, args=job, daemon=True)
             process.start()
             sender.close()
@@ -109,9 +110,9 @@ def _judge(replies: dict[int, dict[str, Any]], size: int, timeout: float, folder
     if died := [rank for rank, reply in bad.items() if "died" in reply]:
         return Ended(problem=f"rank {died[0]} of {size} died{_last_words(folder, died[0])}")
     if bad:
-        rank = next((rank for rank, reply in bad.items() if not _is_echo(reply)), min(bad))
-        reply = bad[rank]
-        return Ended(problem=f"rank {rank} of {size} failed: {reply.get('failed') or reply['refused']}")
+        own = {rank: reply for rank, reply in sorted(bad.items()) if not _is_echo(reply)} or bad
+        who = "every rank" if len(own) == size else f"rank {min(own)} of {size}"
+        return Ended(problem=f"{who} failed: {own[min(own)].get('failed') or own[min(own)]['refused']}")
     late = [rank for rank in range(size) if rank not in replies]
     where = "; ".join(f"rank {rank} in {_stood(folder, rank)}" for rank in late)
     return Ended(problem=f"hangs: no end after {timeout:.0f} s; {where}")
@@ -142,17 +143,18 @@ def _rank(
     device: str,
     folder: str,
     timeout: float,
+    threads: int,
     sender: Connection,
 ) -> None:
     log = (Path(folder) / f"rank-{rank}.log").open("w")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     stacks = (Path(folder) / f"rank-{rank}.stacks").open("w")
-    faulthandler.dump_traceback_later(max(timeout - 1.0, 0.5), file=stacks)
+    faulthandler.dump_traceback_later(0.7 * timeout, file=stacks)  # in time, also where the machine is busy
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # needs no name resolution of the host
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    torch.set_num_threads(threads)
     try:
         reply = {"result": _run(function, args, World(rank, size, _device(device, rank), size), folder, timeout)}
     except ValueError as error:

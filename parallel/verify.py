@@ -69,12 +69,15 @@ class Distance:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a quantity in a layout. ranks: those that hold it and are off."""
+    """One line of the table: a quantity in a layout. ranks: those that are off, where others that hold it too are not.
+    held: whether any rank has it.
+    """
 
     name: str
     distance: Distance
     allowed: float
     ranks: tuple[int, ...] = ()
+    held: bool = True
 
     @property
     def off(self) -> bool:
@@ -90,12 +93,8 @@ class Row:
     @property
     def factor(self) -> float | None:
         """By which the quantity is off, where it is a multiple of the reference and nothing else."""
-        pure = (
-            self.off
-            and self.distance.square > 0
-            and self.distance.unscaled <= max(self.allowed, SAME * self.distance.norm)
-        )
-        return self.distance.factor if pure else None
+        rest = max(self.allowed, SAME * self.distance.error)
+        return self.distance.factor if self.off and self.distance.square and self.distance.unscaled <= rest else None
 
 
 def typical_error(rounding: Sizes) -> float:
@@ -116,7 +115,7 @@ def compare(by_rank: Sequence[Sizes], rounding: Sizes, typical: float) -> list[R
         if worst is None:
             worst = Distance(alone.norm, 0.0, 0.0, alone.square)
         ranks = tuple(rank for rank, distance in held.items() if not distance.error <= allowed)
-        rows.append(Row(name, worst, allowed, () if len(ranks) == len(held) else ranks))
+        rows.append(Row(name, worst, allowed, () if len(ranks) == len(held) else ranks, bool(held)))
     return rows
 
 
@@ -152,6 +151,11 @@ class Comparison:
         """What is wrong, most telling first: the first quantity that is off in the order of the model, by what factor,
         and the usual cause of such a picture. Nothing where all agree.
         """
+        if lost := [row.name for row in self.rows["initial weights"] if not row.held]:
+            return [
+                f"{_names(lost)}: on no process, so it does not run: each layer must be in one pipeline stage. All "
+                "else follows from that."
+            ]
         if starts := self.off("initial weights"):
             return [
                 f"{starts[0].name} is the first of {len(starts)} parameters that start with other values"
@@ -197,7 +201,7 @@ class Comparison:
         lines = []
         zero = [row.name for row in gradients if not row.distance.own]
         if zero:
-            lines.append(f"No gradient at all: {_names(zero)}: does not run, is on no process, or cut from the loss.")
+            lines.append(f"No gradient at all: {_names(zero)}: does not run, or is cut off from the loss.")
         rest = [row for row in gradients if row.distance.own and row.factor is None]
         if rest and all(row.name in self.layout.tied for row in rest):
             lines.append(

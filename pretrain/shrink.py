@@ -22,10 +22,12 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
     heads = getattr(model, "num_kv_heads", 0) or getattr(model, "heads", 1)
     ratio = getattr(model, "heads", heads) // heads
     kept_heads = math.gcd(heads, processes)  # divided by the same degrees
-    head_dim = getattr(model, "dim_per_head", HEAD_DIM)
-    unit = max(HEAD_DIM, processes)
-    scale = kept_heads * HEAD_DIM / (heads * head_dim)
-    hidden = _dim(round(getattr(model, "hidden", 0) * scale), unit)
+    head_dim = HEAD_DIM if kept_heads * ratio <= 16 else HEAD_DIM // 2
+    unit = processes * -(-HEAD_DIM // processes)
+    width = getattr(model, "hidden", 0)
+    hidden = kept_heads * ratio * head_dim
+    if getattr(model, "head_dim", 0):  # the width need not be that of all heads
+        hidden = _dim(round(width * hidden / (heads * ratio * model.head_dim)), unit)
     for name, value in model:
         if not isinstance(value, int) or isinstance(value, bool) or not value:
             continue
@@ -34,11 +36,11 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
         elif name == "heads":
             values[name] = kept_heads * ratio
         elif name == "head_dim":
-            values[name] = HEAD_DIM
+            values[name] = head_dim
         elif name == "hidden":
             values[name] = hidden
         elif name.endswith("ffn"):
-            values[name] = _dim(round(value * hidden / model.hidden), unit) + value % processes
+            values[name] = _dim(round(value * hidden / width), unit) + value % processes
         elif name == "layers":
             values[name] = _layers(config, degrees["pp"])
         elif name == "vocab_size":
@@ -52,6 +54,9 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
     if not model.vocab_size:
         values["vocab_size"] = _dim(VOCABULARY, processes)
     values = {name: after for name, after in values.items() if not 0 < getattr(model, name) < after}
+    if getattr(model, "init_std", 0) and hidden:
+        # At a small width the usual 0.02 makes attention all but uniform: wrong masks and positions would hardly show.
+        values["init_std"] = max(model.init_std, round(hidden**-0.5, 3))
     objective = config.objective
     if hasattr(objective, "chunk_tokens"):  # several chunks of logits, as the real run has
         objective = objective.model_copy(update={"chunk_tokens": 40})

@@ -19,11 +19,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from data_pipeline.loader import Loader
+from parallel.context import check_context
 from parallel.engine import Batch, Engine, Sums
 from parallel.mesh import AXES, resolve_degrees
+from parallel.pipeline_cut import check_microbatches, plan_stages
 from parallel.tensor import check_tensor
 from parallel.verify import Comparison, Distance, Layout, compare, typical_error
 from parallel.world import World
@@ -95,9 +97,20 @@ def run_steps(config: RunConfig, world: World, steps: int) -> Outcome:
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the host in fp64, gathered where they are distributed. Collective."""
-    full = ((name, t.full_tensor() if isinstance(t, DTensor) else t) for name, t in tensors.items())
+    """Copies on the host in fp64, gathered where they are distributed. Collective.
+
+    A sum that is still to be done over processes is not done here: the optimizer would not do it either.
+    """
+    full = ((name, _as_it_lies(t).full_tensor() if isinstance(t, DTensor) else t) for name, t in tensors.items())
     return {name: tensor.detach().to("cpu", torch.float64, copy=True) for name, tensor in full}
+
+
+def _as_it_lies(tensor: DTensor) -> DTensor:
+    if not any(place.is_partial() for place in tensor.placements):
+        return tensor
+    placements = [Replicate() if place.is_partial() else place for place in tensor.placements]
+    local, mesh = tensor.to_local(), tensor.device_mesh
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def make_reference(world: World, config_text: str, steps: int, folder: str) -> dict[str, Any]:
@@ -216,7 +229,16 @@ def check_layout(config: RunConfig, processes: int | None) -> tuple[int, dict[st
         degrees = [getattr(config.parallel, axis) for axis in AXES]
         processes = math.prod(2 if degree == -1 else max(degree, 1) for degree in degrees)
     found = resolve_degrees(config.parallel, processes)
-    check_tensor(FAMILIES[config.model.family].plan(config.model), found["tp"], config.data.seq_len // found["cp"])
+    plan, cp, tp = FAMILIES[config.model.family].plan(config.model), found["cp"], found["tp"]
+    check_tensor(plan, tp, config.data.seq_len // cp)
+    check_context(config.data.seq_len, cp, config.parallel.cp_method, plan.heads, tp)
+    if found["pp"] > 1:
+        with torch.device("meta"):
+            model = FAMILIES[config.model.family].build(with_some_vocabulary(config).model)
+        stages = len(plan_stages(model, plan, config.parallel, found["pp"], config.data.seq_len))
+        data = found["dp_replicate"] * found["dp_shard"]
+        batch, micro_batch = config.train.global_batch, config.train.micro_batch
+        check_microbatches(config.parallel, found["pp"], stages, batch, micro_batch, data)
     at_once = config.train.micro_batch * found["dp_replicate"] * found["dp_shard"]
     if config.train.global_batch % at_once:
         raise ValueError(
@@ -224,6 +246,11 @@ def check_layout(config: RunConfig, processes: int | None) -> tuple[int, dict[st
             f"dp_shard = {at_once}; change one of them"
         )
     return processes, found
+
+
+def with_some_vocabulary(config: RunConfig) -> RunConfig:
+    """The config with a vocabulary, where it is left to the data's tokenizer."""
+    return config if config.model.vocab_size else changed(config, {"model.vocab_size": 512})
 
 
 def changed(config: RunConfig, values: dict[str, Any]) -> RunConfig:

@@ -2,18 +2,21 @@
 
 import argparse
 import math
+import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-from launch.forked import run_world, warm_up
+from launch.forked import Ended, run_world, warm_up
 from launch.local import count_gpus
 from parallel.layouts import all_layouts, axes_alone, describe_layout, features, suspects
 from parallel.mesh import AXES, ParallelConfig
+from parallel.pipeline_cut import schedule_names
 from parallel.verify import MARGIN, Comparison, Row, describe_factor
 from pretrain.config import RunConfig, resolve
 from pretrain.shrink import Change, shrink
@@ -25,10 +28,10 @@ from pretrain.verify import (
     make_reference,
     measure_layout,
     to_text,
+    with_some_vocabulary,
 )
 
 KINDS = ("initial weights", "losses", "gradients", "norms", "weights")
-SCHEDULES = ("gpipe", "1f1b")
 PRELOADED = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "pretrain.verify", "launch.forked")
 
 
@@ -73,15 +76,17 @@ class Verdict:
 class Certifier:
     """Runs layouts of a recipe against its one-process reference.
 
-    config: precision and sizes as they are to run. folder: where the reference is kept. timeout: seconds of one layout.
-    device: "cpu" or "cuda". Raises ValueError where one process refuses the recipe.
+    config: precision and sizes as they are to run. folder: where the reference is kept. timeout: seconds of one
+    layout. device: "cpu" or "cuda". threads: of the machine, shared by the processes of a layout. Raises ValueError
+    where one process refuses the recipe.
     """
 
     measure = staticmethod(measure_layout)
 
-    def __init__(self, config: RunConfig, steps: int, folder: str, timeout: float, device: str):
-        self.config, self.steps, self.folder, self.timeout, self.device = config, steps, folder, timeout, device
-        ended = run_world(make_reference, 1, to_text(config), steps, folder, device=device, timeout=timeout)
+    def __init__(self, config: RunConfig, steps: int, folder: str, timeout: float, device: str, threads: int = 1):
+        self.config, self.steps, self.folder = config, steps, folder
+        self.timeout, self.device, self.threads = timeout, device, threads
+        ended = self._run(make_reference, 1, to_text(config), steps, folder)
         if ended.refused:
             raise ValueError(ended.refused)
         if ended.results is None:
@@ -97,7 +102,7 @@ class Certifier:
             for name, size in micro_batches.items()
         }
         arguments = ([to_text(config) for config in configs.values()], self.steps, self.folder, self.rounding["eps"])
-        ended = run_world(self.measure, processes, *arguments, device=self.device, timeout=self.timeout)
+        ended = self._run(self.measure, processes, *arguments)
         if ended.results is None:
             return Verdict(parallel, refused=ended.refused, problem=ended.problem)
         by_run = dict(zip(configs, zip(*ended.results, strict=True), strict=True))
@@ -105,6 +110,10 @@ class Certifier:
             parallel,
             {n: compare_layout(c, processes, list(by_run[n]), self.rounding[n]) for n, c in configs.items()},
         )
+
+    def _run(self, function: Callable[..., Any], processes: int, *args: Any) -> Ended:
+        threads = max(1, self.threads // processes)
+        return run_world(function, processes, *args, device=self.device, timeout=self.timeout, threads=threads)
 
 
 def verify_layout(args: argparse.Namespace) -> int:
@@ -122,7 +131,7 @@ def _one(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     parallel = config.parallel.model_copy(update=degrees)
     data = degrees["dp_replicate"] * degrees["dp_shard"]
     accumulation = config.train.global_batch // (config.train.micro_batch * data)
-    small, changes = (config, []) if args.full_size else shrink(config, degrees, processes)
+    small, changes = (with_some_vocabulary(config), []) if args.full_size else shrink(config, degrees, processes)
     micro_batch = config.train.micro_batch
     if not args.full_size:
         micro_batch = min(micro_batch, 2)
@@ -136,7 +145,8 @@ def _one(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
         f"{processes} processes on {device}: {describe_layout(parallel)}; {accumulation} micro-batches a step"
     )
     with tempfile.TemporaryDirectory(prefix="verify-layout-") as folder:
-        certifier = Certifier(small, args.steps, folder, args.timeout, device)
+        threads = (os.cpu_count() or 1) if args.full_size else 1
+        certifier = Certifier(small, args.steps, folder, args.timeout, device, threads)
         sizes = dict.fromkeys(OPTIMIZERS, micro_batch)
         verdict = certifier.verify(small.parallel, sizes)
         parts = [certifier.verify(part, sizes) for part in axes_alone(small.parallel)] if verdict.failed else []
@@ -164,7 +174,7 @@ def _all(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     small, changes = shrink(config, widest, processes)
     small = changed(small, {"train.global_batch": 4 * processes, "train.micro_batch": 2})
     device = _device(processes)
-    layouts = all_layouts(small.parallel, processes, SCHEDULES)
+    layouts = all_layouts(small.parallel, processes, schedule_names())
     _print_changes(console, changes)
     console.print(
         f"{len(layouts)} layouts of {processes} processes on {device}; 1 and 2 rounds of micro-batches a step"

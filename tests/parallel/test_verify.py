@@ -102,12 +102,23 @@ def test_one_parameter_that_is_doubled_is_named():
 
 
 def test_a_layer_without_gradients_is_named():
-    lost = {n: t for n, t in rounded(reference(), 2).items() if not n.startswith("layers.1")}  # on no rank
-    lines = comparison([lost], loss=2.01).diagnosis()
+    zero = {n: t * (not n.startswith("layers.1")) for n, t in rounded(reference(), 2).items()}
+    lines = comparison([zero], loss=2.01).diagnosis()
     assert any(
         line.startswith("No gradient at all: layers.1.q.weight, layers.1.k.weight: does not run") for line in lines
     )
     assert any("the forward pass computes another function; under cp: positions" in line for line in lines)
+
+
+def test_a_layer_that_no_process_has_is_named():
+    first = {n: t for n, t in reference().items() if not n.startswith("layers")}
+    second = {n: t for n, t in reference().items() if n.startswith("layers.0")}
+    rows = compare([distances(first), distances(second)], distances(reference()), 0.0)
+    lines = comparison([first, second], **{"initial weights": rows}).diagnosis()
+    assert lines[0].startswith("layers.1.q.weight, layers.1.k.weight: on no process")
+    assert len(lines) == 1
+    lost = comparison([first, second]).rows["gradients"]
+    assert [row.name for row in lost if row.off] == [row.name for row in lost if not row.held]
 
 
 def test_a_tied_weight_that_lacks_a_use_is_named():

@@ -1,0 +1,71 @@
+"""A small likeness must keep what a layout can get wrong."""
+
+import pytest
+
+from parallel.mesh import AXES
+from pretrain.config import recipe_names, resolve
+from pretrain.shrink import shrink
+from pretrain.synthetic import SyntheticStream
+
+ONE = dict.fromkeys(AXES, 1)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("processes", [2, 6, 8])
+def test_structure_is_kept_and_sizes_are_not(recipe, processes):
+    config = resolve(recipe)[0]
+    before = config.model
+    small, changes = shrink(config, {**ONE, "tp": processes}, processes)
+    after = small.model
+    assert after.num_parameters() < 3_000_000
+    assert after.heads // after.num_kv_heads == before.heads // before.num_kv_heads
+    for degree in (d for d in range(1, processes + 1) if processes % d == 0):
+        for count in ("heads", "num_kv_heads", "vocab_size", "ffn"):
+            assert (getattr(before, count) % degree == 0) == (getattr(after, count) % degree == 0), (count, degree)
+    assert {after.layer_kind(i) for i in range(after.layers)} == {before.layer_kind(i) for i in range(before.layers)}
+    same = ("tied", "norm", "qkv_bias", "gated", "pattern", "qk_norm", "norm_position", "positions", "rope")
+    assert all(getattr(before, name) == getattr(after, name) for name in same)
+    assert small.data.seq_len % (2 * processes) == config.data.seq_len % (2 * processes)
+    assert {key for key, _, _ in changes} >= {"model.hidden", "data.seq_len"}
+
+
+def test_pipelines_keep_enough_layers_and_stages_by_hand():
+    config = resolve("llama3-70b")[0]
+    assert shrink(config, {**ONE, "pp": 4}, 4)[0].model.layers == 8  # schedules with two stages a process
+    uneven = resolve("llama3-70b", ["parallel.pp=2", "parallel.stage_layers=[79, 1]"])[0]
+    small = shrink(uneven, {**ONE, "pp": 2}, 2)[0]
+    assert small.parallel.stage_layers == (2, 1)
+    assert small.model.layers == 3
+
+
+def test_what_is_small_already_stays():
+    config = resolve(
+        "tiny", ["model.layers=1", "model.hidden=8", "model.heads=1", "model.kv_heads=1", "data.seq_len=8"]
+    )
+    small, changes = shrink(config[0], ONE, 1)
+    assert small.data.seq_len == 8
+    assert small.model.layers == 1
+    assert small.model.hidden == 8
+    assert "model.layers" not in {key for key, _, _ in changes}
+
+
+def test_synthetic_documents_are_awkward_and_a_function_of_seed_and_index():
+    stream = SyntheticStream(seq_len=48, vocab_size=100, seed=3)
+    samples = stream.read(0, 8)
+    again = stream.read(5, 1)
+    assert all((a[5] == b[0]).all() for a, b in zip(samples, again, strict=True))
+    assert (SyntheticStream(seq_len=48, vocab_size=100, seed=4).read(0, 1).tokens != samples.tokens[0]).any()
+    assert samples.tokens.shape == (8, 49)
+    assert samples.tokens.max() < 100
+    starts = samples.positions == 0
+    assert samples.documents[0].max() == 0  # one document over the whole row
+    assert (samples.documents[1][:3] == [0, 1, 2]).all()  # single tokens
+    assert (samples.documents[1][10:40] == samples.documents[1][10]).all()  # and one that crosses all cuts
+    assert starts[2][[0, 6, 12, 24]].all()  # documents that end where the row is cut
+    for row in range(8):
+        ends = [i for i in range(47) if starts[row, i + 1]]
+        assert (samples.targets[row, ends] == -100).all()
+        inner = [i for i in range(47) if not starts[row, i + 1]]
+        assert (samples.targets[row, inner] == samples.tokens[row, [i + 1 for i in inner]]).all()
+    assert samples.targets[2, 47] == -100  # the next row's first token begins a document
+    assert samples.targets[0, 47] == samples.tokens[0, 48]
