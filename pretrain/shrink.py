@@ -37,9 +37,9 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
             values[name] = kept_heads * ratio
         elif name == "head_dim":
             values[name] = head_dim
-        elif name == "hidden":
+        elif name == "hidden" and hidden:
             values[name] = hidden
-        elif name.endswith("ffn"):
+        elif name.endswith("ffn") and width:
             values[name] = _dim(round(value * hidden / width), unit) + value % processes
         elif name == "layers":
             values[name] = _layers(config, degrees["pp"])

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from launch.forked import Ended, run_world, warm_up
-from launch.local import count_gpus
+from launch.local import count_gpus, joined
 from parallel.layouts import all_layouts, axes_alone, describe_layout, features, suspects
 from parallel.mesh import AXES, ParallelConfig
 from parallel.pipeline_cut import schedule_names
@@ -118,6 +118,8 @@ class Certifier:
 
 def verify_layout(args: argparse.Namespace) -> int:
     """Exit code 0 when all layouts agree with one process, 1 when one differs."""
+    if joined():
+        raise ValueError("verify-layout starts its own processes; run it on its own, without torchrun")
     warm_up(PRELOADED)
     config = changed(resolve(args.recipe, args.overrides)[0], {"train.precision": "fp32"})
     console = Console(soft_wrap=True, highlight=False)

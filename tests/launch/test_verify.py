@@ -70,6 +70,12 @@ def test_bad_input_in_one_line(arguments, said, capsys):
     assert error.count("\n") == 1
 
 
+def test_it_is_no_job_of_torchrun(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert main(["verify-layout", "tiny"]) == 2
+    assert "without torchrun" in capsys.readouterr().err
+
+
 def certify(folder, processes: int, layouts: list[ParallelConfig], *overrides: str) -> dict[str, Verdict]:
     """AdamW with one round of micro-batches a step, Muon with two."""
     settings = ["train.precision=fp32", "model.layers=5", "model.heads=8", "model.kv_heads=2", "model.hidden=32"]

@@ -4,6 +4,7 @@ import pytest
 
 from parallel.mesh import AXES
 from pretrain.config import recipe_names, resolve
+from pretrain.models.family import ModelConfig
 from pretrain.shrink import shrink
 from pretrain.synthetic import SyntheticStream
 
@@ -47,6 +48,21 @@ def test_what_is_small_already_stays():
     assert small.model.layers == 1
     assert small.model.hidden == 8
     assert "model.layers" not in {key for key, _, _ in changes}
+
+
+class Convolutions(ModelConfig):
+    """Of a family that calls its dims otherwise."""
+
+    vocab_size: int = 1000
+    max_seq_len: int = 4096
+    channels: int = 96
+    depth: int = 12
+
+
+def test_a_family_with_other_names_stays_as_it_is_where_it_must():
+    config = resolve("tiny")[0].model_copy(update={"model": Convolutions()})
+    small, _ = shrink(config, ONE, 2)
+    assert small.model == Convolutions(vocab_size=128, max_seq_len=48)
 
 
 def test_synthetic_documents_are_awkward_and_a_function_of_seed_and_index():
