@@ -69,7 +69,10 @@ class Recorder:
 def run_steps(config: RunConfig, world: World, steps: int) -> Outcome:
     """Train `steps` steps of the recipe on synthetic data and evaluate once. Collective."""
     objective = OBJECTIVES[config.objective.name][1](config.objective)
-    engine = build_engine(config, world, objective)
+    compiling = config.train.compile == "on"
+    if compiling:
+        objective.compile()
+    engine = build_engine(config, world, objective, compiling)
     recorder: Any = Recorder(engine)
     loader = Loader(
         SyntheticStream(seq_len=config.data.seq_len, vocab_size=config.model.vocab_size, seed=config.run.seed),
@@ -123,7 +126,12 @@ def make_reference(world: World, config_text: str, steps: int, folder: str) -> d
         "parallel.cp": 1,
         "parallel.tp": 1,
     }
-    plain |= {"parallel.stage_layers": (), "parallel.cpu_offload": False, "train.recompute": "none"}
+    plain |= {
+        "parallel.stage_layers": (),
+        "parallel.cpu_offload": False,
+        "train.recompute": "none",
+        "train.compile": "off",
+    }
     alone = changed(config, plain)
     precise = changed(alone, {"train.precision": "fp64"})
     eps = adamw_eps(config, run_steps(precise, world, 1))

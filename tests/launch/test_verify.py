@@ -82,7 +82,7 @@ def certify(folder, processes: int, layouts: list[ParallelConfig], *overrides: s
     config = resolve("tiny", [*settings, *overrides])[0]
     small, _ = shrink(config, {**dict.fromkeys(AXES, 1), "pp": processes, "cp": processes}, processes)
     small = changed(small, {"train.global_batch": 4 * processes, "train.micro_batch": 4})
-    certifier = Certifier(small, 2, str(folder), timeout=120, device="cpu")
+    certifier = Certifier(small, 2, str(folder), timeout=300, device="cpu")
     verdicts = {}
     for layout in layouts:
         data, least = layout.dp_replicate * layout.dp_shard, 2 * layout.pp if layout.pp > 1 else 1

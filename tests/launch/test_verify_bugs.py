@@ -80,6 +80,19 @@ def test_the_loss_under_context_parallelism_divided_by_too_much(certifier):
     assert any("factor 0.5): exactly 1 / parallel.cp: the loss averaged" in line for line in lines)
 
 
+def count_own_part_only(world: World) -> None:
+    count = native.NativeEngine.sum_over_data
+    native.NativeEngine.sum_over_data = lambda self, values: count(self, values) // self.copies
+
+
+def test_the_loss_under_context_parallelism_not_divided_by_it(certifier):
+    lines = check(certifier, count_own_part_only, cp=2).diagnosis()
+    assert any("Every gradient is 2.0 times: exactly parallel.cp: gradients summed once too often" in x for x in lines)
+    assert any(
+        "factor 2.0): exactly parallel.cp: the loss summed once too often over it, or divided" in x for x in lines
+    )
+
+
 def restart_positions(world: World) -> None:
     to_device = native.NativeEngine._to_device
 
