@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_checkpoint(commands)
     _add_results(commands)
     _add_verify(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -172,6 +173,16 @@ def _add_verify(commands: Any) -> None:
     verify.add_argument("--steps", type=int, default=3, help="optimizer steps before weights are compared")
     verify.add_argument("--full-size", action="store_true", help="keep the model's dims, sequence and batch")
     verify.add_argument("--timeout", type=float, default=120.0, help="seconds after which a layout hangs")
+
+
+def _add_plan(commands: Any) -> None:
+    plan = _leaf(commands, "plan", "plan:plan", "layouts that fit on N GPUs, fastest first, without a GPU")
+    plan.add_argument("recipe", help="a recipe's name, or the path of a .toml file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="parallel.* and train.* pin what is planned")
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    plan.add_argument("--gpu", default="h100", help="kind of GPU, such as a100-80, h100, h200, b200, gb200 (default: h100)")
+    plan.add_argument("--top", type=int, default=10, metavar="K", help="layouts to show")
+    plan.add_argument("--explain", action="store_true", help="show all terms of the best one")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ class Kernels:
     ep_hidden: float = 0.5
     tile: float = 12.0
     width: float = 40.0
+    ported: float = 0.65
     straggle: float = 0.0
 
 

@@ -36,10 +36,14 @@ def product(rows: float, inner: float, columns: float, compute: Compute, gpu: Gp
     return max(2.0 * rows * inner * columns / speed, read / (gpu.hbm * kernels.hbm)) + kernels.gap
 
 
-def fused_attention(flops: float, qk_dim: int, v_dim: int, gpu: Gpu, kernels: Kernels) -> tuple[float, float]:
+def fused_attention(
+    flops: float, qk_dim: int, v_dim: int, native: bool, gpu: Gpu, kernels: Kernels
+) -> tuple[float, float]:
     """Seconds forward and backward of attention whose forward has `flops`."""
     width = (qk_dim + v_dim) / 2
     speed = gpu.peak_bf16 * gpu.attention * min(1.0, width / (width + kernels.width) * (128 + kernels.width) / 128)
+    if gpu.peak_fp8 and not native:
+        speed *= kernels.ported
     return flops / speed, 2.5 * kernels.backward * flops / speed
 
 

@@ -50,7 +50,8 @@ class Program:
     compute: format of the layers' products. sharded: what is cut over `Layout.shards`: "all" (FSDP, ZeRO-3), "state"
     (ZeRO-1, a distributed optimizer), "gradients" (ZeRO-2) or "none". weight, gathered, gradient, reduced, state: bytes a
     parameter of what is held, of what products read where that is a copy of its own, of held gradients, of gradients on
-    the wire, of master weights and moments together. residual: bytes of the stream between layers; saved: of what is
+    the wire, of master weights and moments together. residual: bytes of the stream between layers; wire: of what
+    tensor parallelism gathers in forward; saved: of what is
     kept for backward. flash: fused attention. fused: elementwise work is compiled or written as fused kernels. sequence:
     norms and residual are cut over tensor parallelism too. once: gradients travel once a step, not once a micro-batch.
     overlap: gathers and reductions run beside compute. tp_overlap: so do those of tensor parallelism. chunk: tokens whose
@@ -67,6 +68,7 @@ class Program:
     state: float = 8
     residual: float = 4
     saved: float = 2
+    wire: float = 4
     flash: bool = True
     fused: bool = True
     sequence: bool = True
@@ -79,6 +81,10 @@ class Program:
     attention_again: bool = False
     dropout: bool = False
     layers_compiled: bool = True
+    native_attention: bool = False
+    regather: bool = False
+    buckets: float = 0.0
+    keeps_narrow: bool = False
 
 
 def local(matrix: Matrix, layout: Layout, layer: LayerShape) -> tuple[float, float]:

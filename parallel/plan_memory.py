@@ -88,7 +88,7 @@ def activation_bytes(layer: LayerShape, hidden: int, layout: Layout, program: Pr
     width = program.saved
     if recompute == "full":
         return stream * program.residual
-    norms = layer.norms * stream * program.residual
+    norms = layer.norms * stream * program.residual * (1 if program.layers_compiled or program.residual == 2 else 2)
     inputs = outputs = attention = activated = products = 0.0
     seen: set[str] = set()
     feeds: dict[str, float] = {}
@@ -98,7 +98,7 @@ def activation_bytes(layer: LayerShape, hidden: int, layout: Layout, program: Pr
             inputs += inner * m.active
             continue
         if m.group not in seen:
-            inputs += stream * (m.active if m.copies > 1 else 1)
+            inputs += (stream if program.regather or m.copies > 1 else hidden) * m.active
         elif not m.group.endswith("attention"):
             feeds[m.group] = feeds.get(m.group, 0.0) + inner * 0 + columns * m.active
         seen.add(m.group)
@@ -114,7 +114,8 @@ def activation_bytes(layer: LayerShape, hidden: int, layout: Layout, program: Pr
         kept = outputs * (1 - program.matmul_share) + row_outputs * (1 - program.matmul_share)
         values = layer.heads * layer.v_dim / layout.tp
         return stream * program.residual + width * (kept + values) + attention
-    products = inputs + outputs + activated
+    narrow = 0.5 if program.compute != "bf16" and program.keeps_narrow else 1.0  # inputs of products, in 8 bits
+    products = inputs * narrow + outputs + activated
     if recompute == "selective":
         products -= layer.heads * layer.v_dim / layout.tp
         attention = 0.0
@@ -184,6 +185,9 @@ def _process(
         terms["gathered parameters"] = gathered
         terms["embedding and head"] = 0.0 if shards == 1 else 2 * ends * program.ends
     groups = sum(1 for degree in (layout.pp, layout.shards, layout.dp_replicate, layout.tp, layout.cp) if degree > 1)
+    if program.sharded == "all" and program.once:  # summed over micro-batches before they travel
+        terms["gathered gradients"] = whole * program.gradient
+    terms["communication buffers"] = program.buckets
     terms["context and NCCL"] = CONTEXT + COMMUNICATOR * (1 + groups)
     terms["fragmentation"] = FRAGMENTATION * sum(terms.values())
     return Memory(terms)

@@ -7,13 +7,12 @@ published run: all constants are in `parallel.gpus`.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from parallel.gpus import KERNELS, Gpu, Kernels
 from parallel.kernels import fused_attention, plain_attention, product
 from parallel.layout import Layout, Program, bubble, kv_share, local
-from parallel.links import Group, Traffic, collective, groups
-from parallel.plan_memory import held_elements
+from parallel.links import Group, Kind, Traffic, collective, groups
+from parallel.plan_memory import held_elements, stage_parameters
 from parallel.shape import LayerShape, ModelShape
 
 
@@ -57,7 +56,7 @@ def layer_work(
     """One layer, forward and backward."""
     tokens = layout.micro_batch * seq_len / layout.cp
     forward = backward = again_products = 0.0
-    launches = 8.0 + 2 * layer.norms
+    launches = 8.0 + 2 * layer.norms + (60 if layer.experts else 0)
     for m in layer.matrices:
         inner, columns = local(m, layout, layer)
         held = max(1, m.copies // layout.ep)
@@ -71,11 +70,12 @@ def layer_work(
         forward += f
         backward += b * many
         again_products += f
-        launches += 1 if many == 1 else 2
+        # Each expert's input is cast on its own.
+        launches += 1 if m.copies == 1 else 1 + held * (1 if compute == "bf16" else 4)
     heads = layer.heads / layout.tp
     flops = layer.scores / 3 * tokens / layout.tp
     if program.flash:
-        scores = fused_attention(flops, layer.qk_dim, layer.v_dim, gpu, kernels)
+        scores = fused_attention(flops, layer.qk_dim, layer.v_dim, program.native_attention, gpu, kernels)
     else:
         scores = plain_attention(layout.micro_batch, heads, seq_len, layer.qk_dim, gpu, kernels)
         launches += 5
@@ -93,15 +93,14 @@ def layer_work(
         if program.attention_again:
             again = share * scores[0]
     exposed_forward, exposed_backward = exposed(layer, hidden, tokens, layout, program, gpu, kernels)
-    exposed_again = exposed_forward if layout.recompute == "full" else 0.0
     return Work(
         forward + backward,
         scores[0] + scores[1],
         moved_forward + moved_backward,
         again,
-        exposed_forward + exposed_backward + share * exposed_again,
+        exposed_forward + exposed_backward,
         forward + scores[0] + moved_forward + exposed_forward,
-        backward + scores[1] + moved_backward + exposed_backward + again + share * exposed_again,
+        backward + scores[1] + moved_backward + exposed_backward + again,
         launches * kernels.host,
     )
 
@@ -118,7 +117,7 @@ def elementwise_bytes(layer: LayerShape, hidden: int, tokens: float, layout: Lay
         else:
             total += 4.0 * columns * m.active if layer.heads and m.group.endswith("attention") else 2.0 * columns * m.active
         if program.compute != "bf16":  # amax, cast, transpose of inputs; gradients are the factor 2 of backward
-            total += 4.0 * inner * m.active
+            total += 2.0 * inner * m.active
     if layer.top_k:  # permuted to experts and back
         total += 4 * 2.0 * hidden * layer.top_k
     if not program.fused:
@@ -153,23 +152,32 @@ def layer_traffic(
             if count and group.size > 1:
                 found.append((collective(group, kind, what, size, gpu, kernels, count), direction))
 
-    stream = tokens * hidden * 2.0
+    wide, narrow = tokens * hidden * program.wire, tokens * hidden * program.saved
     blocks = len({m.group for m in layer.matrices if m.style in ("column", "key_value")})
-    if layout.tp > 1:
-        if program.sequence:
-            # Backward gathers the inputs again for the gradients of the weights.
-            add(groups_["tp"], "all-gather", "activations", stream, blocks, 2 * blocks)
-            add(groups_["tp"], "reduce-scatter", "activations", stream, blocks, blocks)
-        else:
-            add(groups_["tp"], "all-reduce", "activations", stream, blocks, blocks)
+    share = 1 / layout.recompute_every
+    again = share * blocks if layout.recompute == "full" else 0.0
+    if layout.tp > 1 and program.sequence:
+        # Where only parts were kept, backward gathers the inputs again for the gradients of the weights.
+        kept = layout.recompute == "none" or program.regather or layout.recompute == "full"
+        add(groups_["tp"], "all-gather", "activations", wide, blocks, again + (0 if kept else share * blocks))
+        add(groups_["tp"], "all-gather", "gradients of activations", narrow, 0, (2 if program.regather else 1) * blocks)
+        # Nothing needs what the last product of a layer gives a second time.
+        add(groups_["tp"], "reduce-scatter", "activations", narrow, blocks, max(0.0, again - share))
+        add(groups_["tp"], "reduce-scatter", "gradients of activations", wide, 0, blocks)
+    elif layout.tp > 1:
+        add(groups_["tp"], "all-reduce", "activations", narrow, blocks, blocks + again)
     if layout.cp > 1 and layer.heads:
         q = tokens * layer.heads / layout.tp * layer.qk_dim * 2.0
         kv = tokens * layer.heads * kv_share(layer, layout.tp) * (layer.qk_dim + layer.v_dim) * 2.0
         kv *= layer.kv_heads / layer.heads
         if layout.cp_method == "ring":
-            add(groups_["cp"], "send", "keys and values", kv, layout.cp - 1, 2 * (layout.cp - 1))
+            turns = layout.cp - 1
+            add(groups_["cp"], "send", "keys and values", kv, turns, turns * (1 + (again > 0) * share))
+            add(groups_["cp"], "send", "their gradients", kv, 0, turns + 1)
         else:
-            add(groups_["cp"], "all-to-all", "queries, keys, values, outputs", 2 * q + kv, 1, 1)
+            share_of = 1 + (again > 0) * share
+            add(groups_["cp"], "all-to-all", "queries, keys, values", q + kv, 1, share_of)
+            add(groups_["cp"], "all-to-all", "attention's output", q, 1, share_of)
     if layer.experts and layout.ep > 1:
         routed = tokens * layer.top_k * hidden * (1.5 if program.compute != "bf16" else 2.0)
         add(groups_["ep"], "all-to-all", "tokens to experts and back", routed, 2, 2)
@@ -193,6 +201,34 @@ def head_work(shape: ModelShape, layout: Layout, program: Program, gpu: Gpu, ker
 
 
 
+def end_traffic(
+    shape: ModelShape, layout: Layout, program: Program, gpu: Gpu, kernels: Kernels, first: bool, last: bool
+) -> list[Traffic]:
+    """Collectives of embedding, head and loss of one micro-batch."""
+    found: list[Traffic] = []
+    groups_ = groups(layout, gpu)
+
+    def add(axis: str, kind: Kind, what: str, size: float, count: float = 1) -> None:
+        if groups_[axis].size > 1 and count:
+            found.append(collective(groups_[axis], kind, what, size, gpu, kernels, count))
+
+    if program.sharded == "all" and not program.once:
+        elements = sum(sum(held_elements([p], shape, layout)) for p in stage_parameters(shape, (), first, last))
+        add("shards", "all-gather", "embedding and head", elements * program.ends)
+        add("shards", "reduce-scatter", "gradients of embedding and head", elements * program.reduced)
+    stream = layout.micro_batch * shape.seq_len / layout.cp * shape.hidden
+    kinds: tuple[Kind, Kind] = ("all-gather", "reduce-scatter") if program.sequence else ("all-reduce", "all-reduce")
+    if first:
+        add("tp", kinds[1], "embedded tokens", stream * program.residual)
+        if program.sequence:
+            add("tp", kinds[0], "gradients of embedded tokens", stream * program.residual)
+    if last:
+        if program.sequence:
+            add("tp", kinds[0], "hidden states for the loss", stream * program.saved)
+        add("tp", kinds[1], "gradients of hidden states", stream * program.saved)
+    return found
+
+
 def simulate(
     shape: ModelShape,
     layout: Layout,
@@ -209,7 +245,7 @@ def simulate(
     ]
     head, logits = head_work(shape, layout, program, gpu, kernels)
     waits, traffic = _data_parallel(shape, layout, program, gpu, kernels, microbatches, work, stages)
-    times, ends = [], []
+    times, ends, end_traffics = [], [], []
     for rank, counts in enumerate(stages):
         last = rank == len(stages) - 1
         busy = 0.0
@@ -217,8 +253,10 @@ def simulate(
             device_forward = max(one.forward, one.launches) + wait[0]
             device_backward = max(one.backward, 2 * one.launches) + wait[1]
             busy += count * (device_forward + device_backward)
-        times.append(busy + (head + logits if last else 0.0))
-        ends.append(busy)
+        of_ends = end_traffic(shape, layout, program, gpu, kernels, rank == 0, last)
+        ends.append(sum(t.seconds * t.count for t in of_ends))
+        times.append(busy + ends[-1] + (head + logits if last else 0.0))
+        end_traffics.append([_times(t, microbatches * t.count) for t in of_ends])
     slowest = max(times)
     worst = times.index(slowest)
     tokens = layout.micro_batch * shape.seq_len / layout.cp
@@ -231,7 +269,12 @@ def simulate(
         kernels,
         2 * microbatches * layout.chunks,
     )
-    traffic = [*traffic, send]
+    inside = [
+        _times(t, t.count * count * microbatches)
+        for layer, count in zip(shape.layer_kinds, stages[worst], strict=True)
+        for t, _ in layer_traffic(layer, shape.hidden, tokens, layout, program, gpu, kernels)
+    ]
+    traffic = [*inside, *traffic, *end_traffics[worst], send]
     p2p = send.seconds * send.count * (0.3 if layout.chunks > 1 or program.tp_overlap else 0.7)
     idle = (sum(times) - slowest) / layout.chunks / max(1, layout.pp - 1) if layout.pp > 1 else 0.0
     idle *= bubble(layout) * layout.chunks
@@ -240,6 +283,7 @@ def simulate(
     traffic += after_traffic
     seconds = (compute + idle + p2p + sum(after.values())) * (1 + kernels.straggle)
     parts = _parts(stages[worst], work, waits, microbatches, (head, logits) if worst == len(stages) - 1 else (0.0, 0.0))
+    parts["embedding, head and loss: communication"] = microbatches * ends[worst]
     parts["hidden states between stages"] = p2p
     parts["pipeline bubble"] = idle
     parts |= after
@@ -321,12 +365,15 @@ def _after(shape, layout, program, gpu, kernels, slowest, stages):  # type: igno
     wire = 0.0
     shards = all_groups["shards"]
     cut = layout.shards if program.sharded != "none" else 1
-    if program.sharded == "all":
-        for kind, size in (("all-gather", program.ends), ("reduce-scatter", program.reduced)):
-            t = collective(shards, kind, "embedding and head", end_elements * size, gpu, kernels)
+    if program.sharded == "all" and program.once:
+        for kind, what, size in (
+            ("all-gather", "embedding and head", program.ends),
+            ("reduce-scatter", "gradients of embedding and head", program.reduced),
+        ):
+            t = collective(shards, kind, what, end_elements * size, gpu, kernels)
             traffic.append(t)
             wire += t.seconds
-    else:
+    elif program.sharded != "all":
         reduce = "all-reduce" if program.sharded == "none" else "reduce-scatter"
         traffic.append(collective(shards, reduce, "gradients", elements * program.reduced, gpu, kernels))
         if program.sharded != "none":

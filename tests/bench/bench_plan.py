@@ -4,7 +4,6 @@
 """
 
 import argparse
-import dataclasses
 import statistics
 from collections import defaultdict
 from pathlib import Path

@@ -7,6 +7,7 @@ config of its model (`MODELS`); nothing depends on the row's result.
 import csv
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -39,21 +40,21 @@ MODELS: dict[str, dict[str, float]] = {
 }  # fmt: skip
 
 MEGATRON = Program(
-    sharded="state", weight=2, gathered=2, ends=2, gradient=4, reduced=4, state=12, residual=2, chunk=0,
-    logits=8.0, attention_again=True, tp_overlap=True,
+    sharded="state", weight=2, gathered=2, ends=2, gradient=2, reduced=2, state=12, residual=2, wire=2, chunk=0,
+    logits=8.0, attention_again=True, tp_overlap=True, native_attention=True, regather=True, keeps_narrow=True,
 )  # fmt: skip
 PROGRAMS = {
     # FSDP1 under Composer: fp32 parameters, bf16 gathers and reductions, Triton or FA2 attention, eager.
     "llm-foundry": Program(
-        weight=4, gathered=2, ends=2, gradient=4, reduced=2, state=8, residual=2, chunk=0, fused=False, layers_compiled=False,
+        weight=4, gathered=2, ends=2, gradient=4, reduced=2, state=8, residual=2, wire=2, chunk=0, fused=False, layers_compiled=False,
     ),
     # Megatron-DeepSpeed of 2021: fp16 or bf16, ZeRO-1, scores in memory, no sequence parallelism, no overlap.
     "bigscience": Program(
-        sharded="state", weight=2, gathered=2, ends=2, gradient=2, reduced=2, state=16, residual=2, flash=False, fused=True,
-        sequence=False, overlap=False, chunk=0, dropout=True,
+        sharded="state", weight=2, gathered=2, ends=2, gradient=2, reduced=2, state=16, residual=2, wire=2, flash=False, fused=True,
+        sequence=False, overlap=False, chunk=0, dropout=True, buckets=2e9,
     ),
     # FSDP2: fp32 parameters, bf16 gathers, fp32 reductions; "op" keeps every second product.
-    "torchtitan": Program(residual=2, ends=2, chunk=0, matmul_share=0.5, layers_compiled=False),
+    "torchtitan": Program(residual=2, wire=2, ends=2, chunk=0, matmul_share=0.5, layers_compiled=False),
     "megatron-bridge": MEGATRON,
 }  # fmt: skip
 
@@ -101,7 +102,7 @@ def to_run(row: Row) -> Run:
     micro = int(row["micro_batch"] or 0)
     if not micro:
         raise LookupError("micro-batch not stated")
-    shape = _shape(dims)
+    shape = _shape(tuple(sorted(dims.items())))
     batch = float(row["global_batch"] or data * micro)
     if row["global_batch_unit"] == "tokens":
         batch /= shape.seq_len
@@ -147,7 +148,9 @@ def _dims(row: Row) -> dict[str, float]:
     return dims
 
 
-def _shape(dims: dict[str, float]) -> ModelShape:
+@lru_cache(maxsize=None)
+def _shape(items: tuple[tuple[str, float], ...]) -> ModelShape:
+    dims = dict(items)
     if "experts" in dims:
         return _expert_shape(dims)
     gpt = bool(dims["gpt"])
@@ -275,5 +278,4 @@ def _speed(row: Row, shape: ModelShape, gpus: int, batch: float) -> float | None
 def _memory(row: Row) -> float | None:
     if not row["memory_GiB_per_gpu"]:
         return None
-    gib = float(row["memory_GiB_per_gpu"])
-    return gib * 1e9 / 2**30 if "printed as GB" in row["notes"] and gib != int(gib) else gib
+    return float(row["memory_GiB_per_gpu"])
