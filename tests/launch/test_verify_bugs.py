@@ -82,7 +82,7 @@ def test_the_loss_under_context_parallelism_divided_by_too_much(certifier):
 
 def count_own_part_only(world: World) -> None:
     count = native.NativeEngine.sum_over_data
-    native.NativeEngine.sum_over_data = lambda self, values: count(self, values) // self.copies
+    native.NativeEngine.sum_over_data = lambda self, values: count(self, values) / self.copies
 
 
 def test_the_loss_under_context_parallelism_not_divided_by_it(certifier):
