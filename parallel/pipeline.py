@@ -165,7 +165,7 @@ class Pipeline:
             for stage, module in self._modules.items()
         ]
         for torch_stage in self._stages:
-            torch_stage.context = self._context
+            torch_stage.context, torch_stage.hidden = self._context, hidden
         single = issubclass(cls, PipelineScheduleSingle)
         self._schedule = cls(
             self._stages[0] if single else self._stages, microbatches, loss_fn=_as_is, scale_grads=False
@@ -211,10 +211,13 @@ class _Traveller:
 
 
 class _MicrobatchStage(PipelineStage):
-    """torch's stage, but the module gets the micro-batch of the index that torch passes on."""
+    """torch's stage, but the module gets the micro-batch of the index that torch passes on, and what is received from
+    other stages lives as long as it is needed: torch's own keeps buffers of every micro-batch for the whole run.
+    """
 
     run: _Run | None = None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    hidden: Tensor  # on meta: as what is received
 
     def forward_maybe_with_nosync(self, *args: Tensor, index: Tensor) -> Tensor:
         assert self.run is not None
@@ -225,9 +228,53 @@ class _MicrobatchStage(PipelineStage):
         _add(self.run.totals, output)
         return output["loss"] / self.run.count
 
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        _release(self.args_recv_info[fwd_chunk_id])  # until backward the graph holds it
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        _release(self.grad_recv_info[bwd_chunk_id])
+
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         widen_gradients(self.submod)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._allocate(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        self._allocate(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_forward_infra(*args, **kwargs)
+        for infos in self.args_recv_info.values():
+            _release(infos)
+        return result
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_backward_infra(*args, **kwargs)
+        for infos in self.grad_recv_info.values():
+            _release(infos)
+        return result
+
+    def _allocate(self, infos: Iterable[Any]) -> None:
+        for info in infos:
+            buffer = getattr(info, "buffer", None)
+            if buffer is not None and not buffer.numel():
+                fresh = torch.empty_like(self.hidden, device=self.device, requires_grad=False)
+                info.buffer = fresh.requires_grad_(buffer.requires_grad)
+
+
+def _release(infos: Iterable[Any]) -> None:
+    """Leave an empty tensor where a buffer was: torch asks some for their `grad`."""
+    for info in infos:
+        buffer = getattr(info, "buffer", None)
+        if buffer is not None:
+            info.buffer = buffer.new_empty(0).requires_grad_(buffer.requires_grad)
 
 
 def _add(totals: Sums, sums: Sums) -> None:

@@ -72,8 +72,8 @@ def cut_by_hand(stage_layers: Sequence[int], layers: int, stages: int) -> list[r
     written = list(stage_layers)
     if len(written) != stages:
         raise ValueError(
-            f"parallel.stage_layers = {written} has {len(written)} entries, but there are {stages} stages; "
-            "give one number of layers a stage"
+            f"parallel.stage_layers = {written} has {len(written)} entries, but needs {stages}: the number of layers "
+            "of each pipeline stage"
         )
     if sum(written) != layers or min(written) < 1:
         raise ValueError(

@@ -118,7 +118,9 @@ def test_refused_numbers_of_stages(options, pp, layers, message):
 
 def test_stages_by_hand():
     assert cut_by_hand((1, 3, 2), 6, 3) == [range(0, 1), range(1, 4), range(4, 6)]
-    with pytest.raises(ValueError, match=r"stage_layers = \[2, 2\] has 2 entries, but there are 3 stages"):
+    with pytest.raises(
+        ValueError, match=r"stage_layers = \[2, 2\] has 2 entries, but needs 3: the number of layers of"
+    ):
         cut_by_hand((2, 2), 6, 3)
     with pytest.raises(
         ValueError, match=r"stage_layers = \[1, 3, 3\] sums to 7; it must share out the model's 6 layers"
