@@ -23,7 +23,9 @@ class ParallelConfig(BaseModel):
     tp: int = Field(1, description="Processes that share each matrix, and the sequence between matrices")
     ep: int = Field(1, description="Processes that share the experts (not yet supported above 1)")
     reshard_after_forward: bool = Field(
-        True, description="Free gathered parameters after a block's forward and gather again in backward"
+        True,
+        description="Free gathered parameters after a block's forward and gather again in backward; with pp they stay "
+        "through the step",
     )
     cpu_offload: bool = Field(False, description="Keep sharded parameters, gradients and optimizer in host memory")
     cp_method: Literal["ulysses", "ring"] = Field(

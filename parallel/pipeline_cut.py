@@ -1,7 +1,7 @@
 """Which pipeline stage has which layers, and which process which stage: all that can be known before a model runs."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,8 +178,8 @@ def check_microbatches(
     count = global_batch // (micro_batch * data)
     if pp == 1 or _runs(options.schedule, pp, stages, count):
         return
-    legal = [n for n in range(1, max(count, 2 * stages) + stages) if _runs(options.schedule, pp, stages, n)]
-    near = sorted(sorted(legal, key=lambda n: abs(n - count))[:2])
+    candidates = sorted(range(1, max(count, 2 * stages) + stages), key=lambda n: abs(n - count))
+    near = sorted(islice((n for n in candidates if _runs(options.schedule, pp, stages, n)), 2))
     cures = [f"train.global_batch = {' or '.join(str(n * micro_batch * data) for n in near)}"]
     smaller = [micro_batch * count // n for n in near if n > count and micro_batch * count % n == 0]
     if smaller:
