@@ -76,8 +76,10 @@ def test_it_is_no_job_of_torchrun(capsys, monkeypatch):
     assert "without torchrun" in capsys.readouterr().err
 
 
-def certify(folder, processes: int, layouts: list[ParallelConfig], *overrides: str) -> dict[str, Verdict]:
-    """AdamW with one round of micro-batches a step, Muon with two."""
+def certify(
+    folder, processes: int, layouts: list[ParallelConfig], *overrides: str, rounds: dict[str, int]
+) -> dict[str, Verdict]:
+    """rounds: optimizer -> micro-batches a step; under pp as many times what every schedule can do with."""
     settings = ["train.precision=fp32", "model.layers=5", "model.heads=8", "model.kv_heads=2", "model.hidden=32"]
     config = resolve("tiny", [*settings, *overrides])[0]
     small, _ = shrink(config, {**dict.fromkeys(AXES, 1), "pp": processes, "cp": processes}, processes)
@@ -86,7 +88,7 @@ def certify(folder, processes: int, layouts: list[ParallelConfig], *overrides: s
     verdicts = {}
     for layout in layouts:
         data, least = layout.dp_replicate * layout.dp_shard, 2 * layout.pp if layout.pp > 1 else 1
-        sizes = {"adamw": 4 * processes // (data * least), "muon": 2 * processes // (data * least)}
+        sizes = {name: 4 * processes // (data * least * count) for name, count in rounds.items()}
         verdicts[describe_layout(layout)] = certifier.verify(layout, sizes)
     return verdicts
 
@@ -95,7 +97,7 @@ def assert_all_agree(verdicts: dict[str, Verdict]) -> None:
     wrong = {name: verdict.diagnosis() for name, verdict in verdicts.items() if verdict.failed}
     assert not wrong
     shares = [c.share for verdict in verdicts.values() for c in verdict.comparisons.values()]
-    assert len(shares) >= 2 * 12
+    assert len(shares) >= 20
     assert max(shares) < 0.5  # far from the limit: it is no lottery
 
 
@@ -103,14 +105,18 @@ def assert_all_agree(verdicts: dict[str, Verdict]) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_all_layouts_of_4_processes(tmp_path, tied):
-    """Every product of degrees and both methods of cp; all schedules with tied heads, one of each kind with untied."""
+    """Every product of degrees and both methods of cp; beside pp, sharding meets all schedules, others one or two."""
     some = schedule_names() if tied == "true" else ["1f1b", "zbvzerobubble"]
     layouts = [
         layout
         for layout in all_layouts(ParallelConfig(), 4, some)
-        if layout.schedule == "1f1b" or layout.pp == 4 or layout.dp_shard == 2 or layout.tp == 2
+        if layout.schedule == "1f1b"
+        or layout.pp == 4
+        or layout.dp_shard == 2
+        or (layout.tp == 2 and layout.schedule == "zbvzerobubble")
     ]
-    verdicts = certify(tmp_path, 4, layouts, f"model.tied={tied}")
+    rounds = {"adamw": 1, "muon": 2} if tied == "true" else {"adamw": 2}
+    verdicts = certify(tmp_path, 4, layouts, f"model.tied={tied}", rounds=rounds)
     assert_all_agree(verdicts)
     refused = {name: verdict.refused for name, verdict in verdicts.items() if verdict.refused}
     assert set(refused) == {f"pp 4 ({name})" for name in some if name in V_SHAPED}
@@ -135,7 +141,7 @@ def test_a_dozen_layouts_of_8_processes(tmp_path):
         {"pp": 2, "dp_shard": 2, "cp": 2, "schedule": "dualpipev"},
     ]
     layouts = [ParallelConfig(**{**dict.fromkeys(AXES, 1), **degrees}) for degrees in chosen]
-    verdicts = certify(tmp_path, 8, layouts)
+    verdicts = certify(tmp_path, 8, layouts, rounds={"adamw": 1, "muon": 2})
     assert not [verdict.refused for verdict in verdicts.values() if verdict.refused]
     assert len(verdicts) == 12
     assert_all_agree(verdicts)
