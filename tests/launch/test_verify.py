@@ -14,6 +14,7 @@ from pretrain.shrink import shrink
 from pretrain.verify import changed
 from tests.launch.test_verify_bugs import double_one_gradient, planted
 
+FIVE_HEADS = ["tiny", "model.heads=5", "model.kv_heads=1"]
 SMALL = ["model.layers=2", "train.micro_batch=4", "train.global_batch=8"]
 
 
@@ -49,8 +50,8 @@ def test_a_layout_that_differs_and_which_axis_it_is(capsys, monkeypatch):
     ("arguments", "said"),
     [
         (["nothing"], "recipe 'nothing' is unknown"),
-        (["tiny", "parallel.tp=3"], "parallel.tp = 3 does not divide the model's 5 heads"),
-        (["tiny", "parallel.cp=2"], "parallel.cp = 2 (ulysses) does not divide the 5 query heads"),
+        ([*FIVE_HEADS, "parallel.tp=3"], "parallel.tp = 3 does not divide the model's 5 heads"),
+        ([*FIVE_HEADS, "parallel.cp=2"], "parallel.cp = 2 (ulysses) does not divide the 5 query heads"),
         (["tiny", "parallel.cp=3", "parallel.cp_method=ring"], "data.seq_len = 256 is not a multiple of 6"),
         (["tiny", "parallel.pp=5", "parallel.dp_shard=1"], "needs at least 5 layers, but the model has 4"),
         (["tiny", "parallel.pp=4", "parallel.dp_shard=1"], "but parallel.schedule = '1f1b' with parallel.pp = 4"),
