@@ -172,7 +172,9 @@ def _add_verify(commands: Any) -> None:
     verify.add_argument("--nproc", type=int, metavar="N", help="processes (default: the degrees multiplied)")
     verify.add_argument("--steps", type=int, default=3, help="optimizer steps before weights are compared")
     verify.add_argument("--full-size", action="store_true", help="keep the model's dims, sequence and batch")
-    verify.add_argument("--timeout", type=float, default=120.0, help="seconds after which a layout hangs")
+    verify.add_argument(
+        "--timeout", type=float, metavar="S", help="seconds after which a layout hangs (120; full size 3600)"
+    )
 
 
 def _add_plan(commands: Any) -> None:
@@ -180,7 +182,9 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("recipe", help="a recipe's name, or the path of a .toml file")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="parallel.* and train.* pin what is planned")
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
-    plan.add_argument("--gpu", default="h100", help="kind of GPU, such as a100-80, h100, h200, b200, gb200 (default: h100)")
+    plan.add_argument(
+        "--gpu", default="h100", help="kind of GPU, such as a100-80, h100, h200, b200, gb200 (default: h100)"
+    )
     plan.add_argument("--top", type=int, default=10, metavar="K", help="layouts to show")
     plan.add_argument("--explain", action="store_true", help="show all terms of the best one")
 

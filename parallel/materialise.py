@@ -39,26 +39,21 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 class Named(NamedTuple):
-    """tensors: parameters by name, each storage once. ties: other name -> the name it is stored under. copies: other
-    name -> parameter of the last pipeline stage that has the values of one of the first stage; it stands among
-    `tensors` where the first stage is on another process.
+    """tensors: parameters by name, each storage once. copies: tied name -> parameter of the last pipeline stage that
+    has the values of one of the first stage; it stands among `tensors` where the first stage is on another process.
     """
 
     tensors: dict[str, Tensor]
-    ties: dict[str, str]
     copies: dict[str, Tensor]
 
 
 def name_stages(models: Iterable[nn.Module], tied: Mapping[str, str]) -> Named:
     """Parameters of the pipeline stages of a process; `tied` as the plan states it."""
-    named = Named({}, {}, {})
+    named = Named({}, {})
     for model in models:
-        tensors, ties = named_tensors(model)
-        named.ties.update(ties)
-        for name, parameter in tensors.items():
+        for name, parameter in named_tensors(model)[0].items():
             (named.copies if name in tied else named.tensors)[name] = parameter
     for name, parameter in named.copies.items():
-        named.ties[name] = tied[name]
         named.tensors.setdefault(tied[name], parameter)
     return named
 

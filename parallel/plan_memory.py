@@ -17,7 +17,7 @@ from parallel.shape import LayerShape, ModelShape, Parameter
 # What a process takes beside tensors: the CUDA context with its loaded kernels, cuBLAS workspaces; buffers of NCCL for
 # each communicator (default NCCL_BUFFSIZE of 4 MiB a channel, 16 to 32 channels, send and receive); and the part of the
 # caching allocator's blocks that no tensor fills. Sources: CUDA and NCCL defaults; the share is calibrated.
-CONTEXT, COMMUNICATOR, FRAGMENTATION = 1.2 * GIB, 0.25 * GIB, 0.04
+CONTEXT, COMMUNICATOR, FRAGMENTATION = 1.2 * GIB, 0.25 * GIB, 0.08
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Memory:
     @property
     def total(self) -> float:
         return sum(self.terms.values())
+
+    @property
+    def tensors(self) -> float:
+        """What the allocator calls allocated: without context, NCCL and fragmentation."""
+        return self.total - self.terms["context and NCCL"] - self.terms["fragmentation"]
 
 
 def held_elements(parameters: Iterable[Parameter], shape: ModelShape, layout: Layout) -> tuple[float, float]:

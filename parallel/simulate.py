@@ -80,6 +80,10 @@ def layer_work(
         scores = plain_attention(layout.micro_batch, heads, seq_len, layer.qk_dim, gpu, kernels)
         launches += 5
     moved = elementwise_bytes(layer, hidden, tokens, layout, program) / (gpu.hbm * kernels.hbm)
+    if layout.cp > 1 and layout.cp_method == "ring" and layer.heads:
+        # Each turn's part of the output is merged into an fp32 sum: both read, the sum written.
+        moved += layout.cp * tokens * heads * layer.v_dim * 12.0 / (gpu.hbm * kernels.hbm)
+        launches += 6 * layout.cp
     if not program.fused:
         launches *= 2.5
     moved_forward = moved + launches * kernels.gap
@@ -93,6 +97,10 @@ def layer_work(
         if program.attention_again:
             again = share * scores[0]
     exposed_forward, exposed_backward = exposed(layer, hidden, tokens, layout, program, gpu, kernels)
+    if layout.cp > 1 and layout.cp_method == "ring":
+        traffics = layer_traffic(layer, hidden, tokens, layout, program, gpu, kernels)
+        ring = ring_waits(traffics, scores, kernels)
+        exposed_forward, exposed_backward = exposed_forward + ring[0], exposed_backward + ring[1]
     return Work(
         forward + backward,
         scores[0] + scores[1],
@@ -132,12 +140,21 @@ def exposed(
     found = [0.0, 0.0]
     for traffic, direction in layer_traffic(layer, hidden, tokens, layout, program, gpu, kernels):
         hidden_share = kernels.tp_hidden if traffic.axis == "tp" and program.tp_overlap else 0.0
-        if traffic.axis == "cp" and traffic.kind == "send":
-            hidden_share = 0.8
+        if traffic.kind == "send":  # the ring's: beside the attention of the turn before
+            continue
         if traffic.axis == "ep" and program.tp_overlap:
             hidden_share = kernels.ep_hidden
         found[direction] += traffic.seconds * traffic.count * (1 - hidden_share)
     return found[0], found[1]
+
+
+def ring_waits(traffics: list[tuple[Traffic, int]], scores: tuple[float, float], kernels: Kernels) -> list[float]:
+    """Seconds that ring attention, forward and backward, waits for keys and values to come round."""
+    waits = []
+    for direction, busy in enumerate(scores):
+        wire = sum(t.seconds * t.count for t, which in traffics if which == direction and t.kind == "send")
+        waits.append(max(0.0, wire - busy) + kernels.contention * min(wire, busy))
+    return waits
 
 
 def layer_traffic(

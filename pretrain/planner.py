@@ -40,7 +40,9 @@ def ask(config: RunConfig, origins: Origins, gpus: int, gpu: Gpu) -> Question:
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: must be at least 1")
     if config.train.precision != "bf16":
-        raise ValueError(f"train.precision = {config.train.precision!r}: plans are made for bf16; set train.precision=bf16")
+        raise ValueError(
+            f"train.precision = {config.train.precision!r}: plans are made for bf16; set train.precision=bf16"
+        )
     family = FAMILIES[config.model.family]
     model_config = config.model
     if not model_config.vocab_size:
@@ -92,7 +94,7 @@ def answer(question: Question) -> list[Planned]:
     found, smallest = search(
         question.shape, layouts, question.program, gpu, config.train.global_batch, stage_counts(question)
     )
-    runnable = [planned for planned in found[:40] if _runs(question, planned.layout)]
+    runnable = [planned for planned in found[:20] if _runs(question, planned)]
     if runnable:
         return runnable
     assert smallest is not None
@@ -145,8 +147,11 @@ def stage_counts(question: Question) -> Callable[[Layout], list[list[int]]]:
     return lambda layout: count(layout.pp, layout.schedule, layout.chunks)
 
 
-def _runs(question: Question, layout: Layout) -> bool:
-    """Whether torch can make the pipeline schedule."""
+def _runs(question: Question, planned: Planned) -> bool:
+    """Whether torch can make the pipeline schedule; for common ones the search knows, and asking takes seconds."""
+    layout = planned.layout
+    if layout.schedule in ("1f1b", "gpipe", "interleaved1f1b") or planned.microbatches > 64:
+        return True
     parallel = question.config.parallel.model_copy(update={"pp": layout.pp, "schedule": layout.schedule})
     try:
         check_microbatches(
@@ -165,7 +170,9 @@ def _runs(question: Question, layout: Layout) -> bool:
 def to_overrides(planned: Planned) -> str:
     """What to add to `pretrain run RECIPE` to get this layout."""
     layout = planned.layout
-    words = [f"parallel.{axis}={getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) != 1 or axis == "dp_shard"]
+    words = [
+        f"parallel.{axis}={getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) != 1 or axis == "dp_shard"
+    ]
     if layout.cp > 1:
         words.append(f"parallel.cp_method={layout.cp_method}")
     if layout.pp > 1:

@@ -92,7 +92,11 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
     _say(world, f"compile: {'on' if compiling else 'off'} ({why})")
     if compiling:
         objective.compile()
-    engine = build_engine(config, world, objective, compiling)
+    try:
+        engine = build_engine(config, world, objective, compiling)
+    except ValueError as error:
+        error.on_all_ranks = True  # type: ignore[attr-defined]  # every rank checks the same layout
+        raise
     position = Position() if found is None else resume(store, found, engine, world)
     if found is not None:
         _say(world, f"resuming {run_dir} at step {position.step}")
@@ -141,7 +145,7 @@ def loop(
             microbatches, cursor = next(loader)
             batches = [objective.collate(batch) for batch in microbatches]
             if position.step == first and metrics is not None:
-                metrics.print(objective.describe(batches[0], config.model, config.train.precision, metrics.device))
+                metrics.print(f"attention: {describe_attention(config, objective, batches[0], metrics.device)}")
             lr = learning_rate(config.schedule, position.step, total, config.optim.lr)
             values, stop = train_step(engine, objective, batches, lr, bool(requested))
             # The step before is looked at now, while the device works on this one: nobody waits.
@@ -215,6 +219,13 @@ def build_engine(config: RunConfig, world: World, objective: Any, compiling: boo
         seed=config.run.seed,
     )
     return make_engine(config.engine, spec, world)
+
+
+def describe_attention(config: RunConfig, objective: Any, batch: Any, device: torch.device) -> str:
+    """The back end that attention takes, for the log."""
+    if config.parallel.cp != 1 and config.parallel.cp_method == "ring":
+        return 'ring over the context-parallel processes (parallel.cp_method = "ring")'
+    return str(objective.describe(batch, config.model, config.train.precision, device))
 
 
 def check_resume(config: RunConfig, store: CheckpointStore) -> int | None:

@@ -6,6 +6,7 @@ SMALL = [
     "model.layers=2",
     "model.hidden=48",
     "model.heads=3",
+    "model.kv_heads=1",
     "model.ffn=96",
     "data.seq_len=64",
     "train.global_batch=8",

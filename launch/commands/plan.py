@@ -84,7 +84,10 @@ def explain(question: Question, planned: Planned) -> list[str]:
         if seconds > 0
     ]
     lines += [f"  {'total':40} {1000 * step.seconds:>9.1f} ms"]
-    lines += ["", f"Communication of a GPU in a step{'':18} axis           times        MiB each      GiB     link   busy ms"]
+    lines += [
+        "",
+        f"Communication of a GPU in a step{'':18} axis           times        MiB each      GiB     link   busy ms",
+    ]
     for t in step.traffic:
         lines.append(
             f"  {t.kind:14} {t.what:34} {t.axis:13} {t.count:>7,.0f} {t.bytes / 2**20:>14.1f} "

@@ -89,6 +89,8 @@ class Certifier:
         ended = self._run(make_reference, 1, to_text(config), steps, folder)
         if ended.refused:
             raise ValueError(ended.refused)
+        if ended.problem.startswith("hangs"):
+            raise ValueError(f"the one-process reference takes longer than --timeout {timeout:.0f} s: raise it")
         if ended.results is None:
             raise RuntimeError(f"the one-process reference could not be made: {ended.problem}")
         self.rounding = ended.results[0]
@@ -123,6 +125,8 @@ def verify_layout(args: argparse.Namespace) -> int:
     warm_up(PRELOADED)
     config = changed(resolve(args.recipe, args.overrides)[0], {"train.precision": "fp32"})
     console = Console(soft_wrap=True, highlight=False)
+    if args.timeout is None:
+        args.timeout = 3600.0 if args.full_size else 120.0
     if args.steps < 1 or args.timeout <= 0:
         raise ValueError(f"--steps {args.steps}, --timeout {args.timeout}: must be above 0")
     return _all(config, args, console) if args.all is not None else _one(config, args, console)

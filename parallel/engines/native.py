@@ -108,7 +108,7 @@ class NativeEngine:
 
     @property
     def ties(self) -> dict[str, str]:
-        return self._named.ties
+        return dict(self._tied)
 
     def close(self) -> None:
         self.optimizer.zero_grad()

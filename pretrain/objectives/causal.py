@@ -62,7 +62,7 @@ class CausalObjective:
         }
 
     def describe(self, batch: MicroBatch, model: Any, precision: str, device: torch.device) -> str:
-        """One line for the log: which attention back end this batch takes, and why."""
+        """For the log: which attention back end this batch takes, and why."""
         length = batch["tokens"].shape[1]
         name, reason = choose_backend(
             batch["mask"],
@@ -73,7 +73,7 @@ class CausalObjective:
             head_dim=model.dim_per_head,
             softcap=model.attention_softcap or None,
         )
-        return f"attention: {name} ({reason})"
+        return f"{name} ({reason})"
 
     def count(self, microbatches: list[MicroBatch]) -> int:
         """Valid targets in these micro-batches: what the sum of losses is divided by."""

@@ -25,7 +25,8 @@ def predict(run: Run, kernels: Kernels = KERNELS) -> float:
 def predict_memory(run: Run) -> float:
     """GiB."""
     count = max(1, run.global_batch // (run.layout.data * run.layout.micro_batch))
-    return plan_memory(run.shape, run.layout, run.program, count, run.stages).total / GIB
+    memory = plan_memory(run.shape, run.layout, run.program, count, run.stages)
+    return (memory.tensors if run.allocated else memory.total) / GIB
 
 
 def report(what: str, found: list[tuple[str, float]]) -> None:

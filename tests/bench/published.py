@@ -61,7 +61,8 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A published run as the planner sees it. tokens_per_s: published, a GPU; memory: GiB; None where not published."""
+    """A published run as the planner sees it. tokens_per_s: published, a GPU; memory: GiB; None where not published. allocated:
+    memory counts tensors only."""
 
     row: Row
     shape: ModelShape
@@ -72,6 +73,7 @@ class Run:
     stages: list[list[int]]
     tokens_per_s: float | None
     memory: float | None
+    allocated: bool
 
 
 def read_runs(path: Path) -> tuple[list[Run], list[tuple[Row, str]]]:
@@ -115,7 +117,8 @@ def to_run(row: Row) -> Run:
     )  # fmt: skip
     count = len(shape.layers)
     stages = [shape.count_kinds(range(count * r // pp, count * (r + 1) // pp)) for r in range(pp)]
-    return Run(row, shape, layout, program, gpu, round(batch), stages, _speed(row, shape, gpus, batch), _memory(row))
+    return Run(row, shape, layout, program, gpu, round(batch), stages, _speed(row, shape, gpus, batch), _memory(row),
+        _allocated(row))
 
 
 def _dims(row: Row) -> dict[str, float]:
@@ -278,4 +281,10 @@ def _speed(row: Row, shape: ModelShape, gpus: int, batch: float) -> float | None
 def _memory(row: Row) -> float | None:
     if not row["memory_GiB_per_gpu"]:
         return None
-    return float(row["memory_GiB_per_gpu"])
+    # Megatron logs 1e9 bytes as a GB; other programs, and nvidia-smi, 2**30.
+    return float(row["memory_GiB_per_gpu"]) * (1e9 / 2**30 if row["source"].startswith("megatron") else 1)
+
+
+def _allocated(row: Row) -> bool:
+    """Megatron logs what the allocator has given out (mem-max-allocated); others what is taken from the GPU."""
+    return "allocated" in row["notes"] or row["source"].startswith("megatron")

@@ -61,6 +61,7 @@ def test_a_layout_that_differs_and_which_axis_it_is(capsys, monkeypatch):
         (["tiny", "--all", "0"], "--all 0: must be at least 1"),
         (["tiny", "--all", "2", "--full-size"], "--all goes neither with --full-size"),
         (["tiny", "--steps", "0"], "--steps 0"),
+        (["tiny", "--timeout", "0.01"], "the one-process reference takes longer than --timeout"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -61,7 +61,7 @@ def test_overrides_win_over_recipe_over_base_and_say_so(tmp_path):
         ("model.rope.thetta=1", "unknown key model.rope.thetta (did you mean model.rope.theta?)"),
         ("train.steps=many", "train.steps = 'many': input should be a valid integer"),
         ("model.heads=7", "model.hidden = 160 is not divisible by model.heads = 7"),
-        ("model.kv_heads=3", "model.heads = 5 is not divisible by model.kv_heads = 3"),
+        ("model.kv_heads=3", "model.heads = 10 is not divisible by model.kv_heads = 3"),
         ("data.seq_len=4096", "data.seq_len = 4096 is longer than model.max_seq_len = 1024"),
         ("train.micro_batch=3", "train.global_batch = 16 is not a multiple of train.micro_batch = 3"),
         ("engine=jax", "engine = 'jax' is unknown: one of torch"),

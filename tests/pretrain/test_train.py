@@ -173,7 +173,11 @@ def test_held_out_loss_is_logged_and_falls(tmp_path, tiny_shards):
         (["model.vocab_size=100"], ValueError, "vocabulary"),
         (["data.sources=[{shards='/nowhere/*.tar'}]"], FileNotFoundError, "nowhere"),
         (["parallel.dp_shard=3"], ValueError, "need 3 processes, but 1 run"),
-        (["parallel.tp=2"], ValueError, "parallel: tp 2 need a multiple of 2 processes, but 1 run; set parallel.tp = 1, or start 2"),
+        (
+            ["parallel.tp=2"],
+            ValueError,
+            "parallel: tp 2 need a multiple of 2 processes, but 1 run; set parallel.tp = 1, or start 2",
+        ),
         (["train.micro_batch=8", "train.global_batch=8", "parallel.dp_shard=0"], ValueError, "parallel.dp_shard = 0"),
     ],
 )
