@@ -17,12 +17,12 @@ def materialise(model: Any, device: torch.device) -> None:
 
 @torch.no_grad()
 def init_parameters(model: Any, seed: int, tied: Mapping[str, str]) -> None:
-    """Fill every parameter with a function of (seed, its name): all layouts start equal.
+    """Fill every parameter and buffer with a function of (seed, its name): all layouts start equal.
 
     One full tensor at a time is drawn on the CPU, and each rank keeps its part. tied: name -> name of the parameter,
     perhaps of another pipeline stage, whose values it gets.
     """
-    for own_name, parameter in model.named_parameters():
+    for own_name, parameter in (*model.named_parameters(), *model.named_buffers()):
         name = tied.get(own_name, own_name)
         full = torch.empty(parameter.shape)  # fp32 values, whatever precision they are then kept in
         model.init_parameter(name, full, generator_for(seed, name))
@@ -59,11 +59,12 @@ def name_stages(models: Iterable[nn.Module], tied: Mapping[str, str]) -> Named:
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Parameters by name, each storage once, and the ties: other name -> the name it is stored under."""
+    """Parameters and buffers by name, each storage once, and the ties: other name -> the name it is stored under."""
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first_name: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, parameter in everything:
         if id(parameter) in first_name:
             ties[name] = first_name[id(parameter)]
         else:

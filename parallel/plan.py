@@ -19,6 +19,7 @@ Style = Literal[
     "head_norm",  # parameters replicated, works on this process's heads
     "width_norm",  # cut along the last dim as the column output that it normalises
     "vocabulary",  # Embedding, rows cut: whole rows of tokens in, sequence parts out
+    "experts",  # stacked weights [experts, ...], cut over experts, then as column and row (see `parallel.expert`)
     "head",  # Linear onto the vocabulary, rows cut; the loss uses its weight
 ]
 
@@ -33,7 +34,7 @@ class Plan:
     attention: the attention cores, whose forward context parallelism replaces.
     tied: name of a parameter -> name of the one it shares storage with.
     heads, kv_heads: number of query heads and of key/value heads of one layer. hidden: width of what goes from block to
-    block.
+    block. routing: modules that decide which rows experts get. experts: in a layer that has them; 0: none.
     """
 
     blocks: str
@@ -45,6 +46,8 @@ class Plan:
     heads: int = 1
     kv_heads: int = 1
     hidden: int = 1
+    routing: str = ""
+    experts: int = 0
 
 
 def match_modules(model: nn.Module, pattern: str) -> dict[str, nn.Module]:

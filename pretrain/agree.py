@@ -10,8 +10,8 @@ from pretrain.config import RunConfig, flat_config
 
 
 def check_agreement(config: RunConfig, ranks: Ranks) -> None:
-    """Collective. Raises ValueError on every rank when their configs or torch versions differ: each would go its own way
-    until one waits for the others in vain. Only a hash travels while all is well.
+    """Collective. Raises ValueError on every rank when their configs or torch versions differ: each would go its own
+    way until one waits for the others in vain. Only a hash travels while all is well.
     """
     own = {"torch": torch.__version__, **flat_config(config)}
     digest = hashlib.blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -106,7 +106,7 @@ def test_schema_describes_every_key():
     assert "base" in schema["properties"]
     json.dumps(schema)
     for name, section in schema["$defs"].items():
-        if name != "Rope":  # a plain dataclass of the layers; described in its source
+        if name not in ("Rope", "MoE"):  # plain dataclasses of the layers; described in their source
             for key, field in section["properties"].items():
                 assert field.get("description"), f"{name}.{key} has no description"
 

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pretrain.models.family import ModelConfig
 from pretrain.models.layers.mlp import Activation
+from pretrain.models.layers.moe import MoE
 from pretrain.models.layers.norm import NormKind
 from pretrain.models.layers.rope import Rope
 
@@ -30,6 +31,8 @@ class DecoderConfig(ModelConfig):
     mlp_bias: bool = Field(False, description="Biases in the feed-forward layer")
     qkv_bias: bool = Field(False, description="Biases on the query, key and value projections")
     out_bias: bool = Field(False, description="Bias on the attention output projection")
+
+    moe: MoE | None = Field(None, description="Mixture of experts in place of the feed-forward layer; unset: dense")
 
     norm: NormKind = Field("rms", description="rms: w*x/rms; rms_unit: (1+w)*x/rms; layer: LayerNorm with bias")
     norm_eps: float = Field(1e-5, gt=0, description="Added to the variance")
@@ -71,6 +74,13 @@ class DecoderConfig(ModelConfig):
             raise ValueError(f"model.head_dim = {self.dim_per_head} is odd; rotary positions rotate pairs")
         if self.positions == "rope" and self.rope.scaling == "none" and self.rope.factor != 1:
             raise ValueError(f"model.rope.factor = {self.rope.factor}, but model.rope.scaling is none; name a scaling")
+        if self.moe is not None and not self.gated:
+            raise ValueError("model.gated = false: experts are gated; leave model.gated true where model.moe is set")
+        if self.moe is not None and not any(self.sparse(i) for i in range(self.layers)):
+            raise ValueError(
+                f"model.moe: none of the {self.layers} layers is sparse with first_dense = {self.moe.first_dense} and "
+                f"every = {self.moe.every}; lower them"
+            )
         kinds = {self.layer_kind(i) for i in range(self.layers)}
         if "sliding" in kinds and not self.window:
             raise ValueError("model.pattern has sliding layers, but model.window is 0; set how many keys a query sees")
@@ -90,17 +100,22 @@ class DecoderConfig(ModelConfig):
     def layer_kind(self, index: int) -> LayerKind:
         return self.pattern[index % len(self.pattern)]
 
-    def num_parameters(self) -> int:
-        """All parameters, the tied head once."""
+    def sparse(self, index: int) -> bool:
+        """Whether this layer has experts."""
+        return self.moe is not None and self.moe.sparse(index)
+
+    def num_parameters(self, active: bool = False) -> int:
+        """All parameters, the tied head once. active: of its experts those alone that a token uses."""
         embeddings = self.vocab_size * self.hidden * (1 if self.tied else 2)
         if self.positions == "learned":
             embeddings += self.max_seq_len * self.hidden
-        return embeddings + self.layers * self._layer_parameters() + self._norm_parameters(self.hidden)
+        layers = sum(self._layer_parameters(i, active) for i in range(self.layers))
+        return embeddings + layers + self._norm_parameters(self.hidden)
 
     def _norm_parameters(self, dim: int) -> int:
         return dim * (2 if self.norm == "layer" else 1)
 
-    def _layer_parameters(self) -> int:
+    def _layer_parameters(self, index: int, active: bool) -> int:
         q_width, kv_width = self.heads * self.dim_per_head, self.num_kv_heads * self.dim_per_head
         attention = self.hidden * (2 * q_width + 2 * kv_width)
         attention += (q_width + 2 * kv_width) * self.qkv_bias + self.hidden * self.out_bias
@@ -110,13 +125,17 @@ class DecoderConfig(ModelConfig):
             attention += self._norm_parameters(q_width) + self._norm_parameters(kv_width)
         inner = 2 if self.gated else 1
         mlp = self.hidden * self.ffn * (inner + 1) + (inner * self.ffn + self.hidden) * self.mlp_bias
+        if self.moe is not None and self.sparse(index):
+            experts = self.moe.top_k if active else self.moe.experts
+            mlp = 3 * self.hidden * (experts * self.moe.ffn + self.moe.shared_ffn)
+            mlp += self.hidden * (self.moe.experts + self.moe.shared_gate)
         num_norms = 4 if self.norm_position == "both" else 2
         return attention + mlp + num_norms * self._norm_parameters(self.hidden)
 
     @property
     def flops_per_token(self) -> float:
-        matmul_parameters = self.layers * self._layer_parameters() + self.vocab_size * self.hidden
-        return 6.0 * matmul_parameters
+        layers = sum(self._layer_parameters(i, active=True) for i in range(self.layers))
+        return 6.0 * (layers + self.vocab_size * self.hidden)
 
     def attention_flops_per_token(self, seq_len: int) -> float:
         """Causal: on average a query sees half the sequence, or its window; forward 2 matmuls, backward 4."""

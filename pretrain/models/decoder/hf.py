@@ -9,6 +9,7 @@ from checkpoints.hf.brand import Brand, ConfigRow, OnlyHf
 from checkpoints.hf.ops import Concat, Rename, Row
 from pretrain.models.decoder.hf_config import (
     ATTENTION_BIAS,
+    DENSE,
     FULL_LAYERS,
     GEMMA_LAYERS,
     GEMMA_NUMBERS,
@@ -98,36 +99,36 @@ def llama_shaped(
 
 LLAMA = llama_shaped(
     "llama", "LlamaForCausalLM", PRE_NORMS, *norms(), heads(even=True), activation("hidden_act"), *one_rope(),
-    FULL_LAYERS, ATTENTION_BIAS, MLP_BIAS, *PLAIN,
+    DENSE, FULL_LAYERS, ATTENTION_BIAS, MLP_BIAS, *PLAIN,
 )  # fmt: skip
 MISTRAL = llama_shaped(
     "mistral", "MistralForCausalLM", PRE_NORMS, *norms(), heads(), activation("hidden_act"), *one_rope(),
-    MISTRAL_LAYERS, *NO_BIAS, NO_MLP_BIAS, *PLAIN,
+    DENSE, MISTRAL_LAYERS, *NO_BIAS, NO_MLP_BIAS, *PLAIN,
 )  # fmt: skip
 QWEN2 = llama_shaped(
     "qwen2", "Qwen2ForCausalLM", PRE_NORMS, *norms(), heads(), activation("hidden_act"), *one_rope(),
-    QWEN_LAYERS, *QKV_BIAS_ONLY, NO_MLP_BIAS, *PLAIN, carried=("max_window_layers",),
+    DENSE, QWEN_LAYERS, *QKV_BIAS_ONLY, NO_MLP_BIAS, *PLAIN, carried=("max_window_layers",),
 )  # fmt: skip
 QWEN3 = llama_shaped(
     "qwen3", "Qwen3ForCausalLM", PRE_NORMS + QK_NORMS, *norms(qk="head"), heads(own_head_dim=True),
-    activation("hidden_act"), *one_rope(), QWEN_LAYERS, ATTENTION_BIAS, NO_MLP_BIAS, *PLAIN,
+    activation("hidden_act"), *one_rope(), DENSE, QWEN_LAYERS, ATTENTION_BIAS, NO_MLP_BIAS, *PLAIN,
     carried=("max_window_layers",),
 )  # fmt: skip
 OLMO2 = llama_shaped(
     "olmo2", "Olmo2ForCausalLM", POST_NORMS + QK_NORMS, *norms(position="post", qk="full"), heads(),
-    activation("hidden_act"), *one_rope(), FULL_LAYERS, ATTENTION_BIAS, NO_MLP_BIAS, *PLAIN,
+    activation("hidden_act"), *one_rope(), DENSE, FULL_LAYERS, ATTENTION_BIAS, NO_MLP_BIAS, *PLAIN,
 )  # fmt: skip
 GEMMA3 = llama_shaped(
     "gemma3_text", "Gemma3ForCausalLM", BOTH_NORMS + QK_NORMS, *norms("rms_unit", "both", "head"),
     heads(even=True, own_head_dim=True), activation("hidden_activation"), *rope_by_layer(), GEMMA_LAYERS,
-    ATTENTION_BIAS, NO_MLP_BIAS, *GEMMA_NUMBERS,
+    DENSE, ATTENTION_BIAS, NO_MLP_BIAS, *GEMMA_NUMBERS,
     OnlyHf("attn_logit_softcapping", None),  # transformers 5 keeps the key but does not apply it
     OnlyHf("use_bidirectional_attention", False),
     carried=("_sliding_window_pattern", "sliding_window_pattern"),
 )  # fmt: skip
 SMOLLM3 = llama_shaped(
     "smollm3", "SmolLM3ForCausalLM", PRE_NORMS, *norms(), heads(), activation("hidden_act"), *one_rope(),
-    SMOLLM3_LAYERS, ATTENTION_BIAS, MLP_BIAS, *PLAIN, carried=("no_rope_layer_interval", "max_window_layers"),
+    DENSE, SMOLLM3_LAYERS, ATTENTION_BIAS, MLP_BIAS, *PLAIN, carried=("no_rope_layer_interval", "max_window_layers"),
 )  # fmt: skip
 GPT2 = Brand(
     "gpt2", "GPT2LMHeadModel", GPT2_TENSORS, GPT2_CONFIG, prefix="transformer.",

@@ -197,6 +197,7 @@ QKV_BIAS_ONLY = fixed(qkv_bias=True, out_bias=False)
 NO_BIAS = fixed(qkv_bias=False, out_bias=False)
 MLP_BIAS = Same("mlp_bias", "mlp_bias")
 NO_MLP_BIAS = OnlyNative("mlp_bias", False)
+DENSE = OnlyNative("moe", None)
 WINDOW_KEYS = ("layer_types", "use_sliding_window", "sliding_window")
 FULL_LAYERS = layer_rows(_full_to_hf, lambda hf: {"pattern": ["full"], "window": 0})
 MISTRAL_LAYERS = layer_rows(_mistral_to_hf, _mistral_to_native, "sliding_window")
@@ -279,6 +280,7 @@ GPT2_CONFIG: tuple[ConfigRow, ...] = (
     ),
     activation("activation_function", "gelu_new"),
     Mapped(("rope", "rope_local"), (), lambda native: {}, lambda hf: {}),  # unused: positions are learned
+    DENSE,
     OnlyHf("scale_attn_weights", True),
     OnlyHf("scale_attn_by_inverse_layer_idx", False),
     OnlyHf("add_cross_attention", False),

@@ -15,10 +15,12 @@ from pretrain.models.layers.attention import AttentionCore, AttentionMask
 from pretrain.models.layers.cache import KVCache
 from pretrain.models.layers.linear import fused_linear
 from pretrain.models.layers.mlp import MLP, GatedMLP
+from pretrain.models.layers.moe import MixtureOfExperts
 from pretrain.models.layers.norm import make_norm
 from pretrain.models.layers.rope import cos_sin, rotate
 
 Rotation = tuple[Tensor, Tensor]  # cos, sin: [B, S, 1, D / 2]
+RESIDUAL = (".attention.out", ".mlp.down", ".moe.experts.down", ".moe.shared.down")  # they write to the stream
 
 
 class Attention(nn.Module):
@@ -55,14 +57,18 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + feed-forward; norms before each, on its output, or both."""
+    """x + attention, then x + feed-forward: `mlp`, or `moe` in a sparse layer; norms before each, on its output, or both."""
 
     def __init__(self, cfg: DecoderConfig, index: int):
         super().__init__()
         self.kind = cfg.layer_kind(index)
         self.attention = Attention(cfg, str(index))
-        mlp = GatedMLP if cfg.gated else MLP
-        self.mlp = mlp(cfg.hidden, cfg.ffn, cfg.activation, cfg.mlp_bias)
+        if cfg.moe is not None and cfg.sparse(index):
+            self.moe = MixtureOfExperts(cfg.moe, cfg.hidden, cfg.activation)
+        else:
+            mlp = GatedMLP if cfg.gated else MLP
+            self.mlp = mlp(cfg.hidden, cfg.ffn, cfg.activation, cfg.mlp_bias)
+        self.sparse = cfg.sparse(index)
 
         def norm(position: str) -> nn.Module:
             if cfg.norm_position not in (position, "both"):
@@ -78,7 +84,8 @@ class Block(nn.Module):
         self, x: Tensor, mask: AttentionMask, rotation: Rotation | None, cache: KVCache | None = None
     ) -> Tensor:
         x = x + self.attention_post_norm(self.attention(self.attention_norm(x), mask, rotation, cache))
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        feed_forward = self.moe if self.sparse else self.mlp
+        return x + self.mlp_post_norm(feed_forward(self.mlp_norm(x)))
 
 
 class Decoder(nn.Module):
@@ -159,11 +166,11 @@ class Decoder(nn.Module):
         variance does not grow with depth (GPT-2).
         """
         owner, kind = name.rsplit(".", 1)
-        if kind == "bias":
+        if kind == "bias":  # a router's too
             tensor.zero_()
         elif owner.rsplit(".", 1)[-1].endswith("norm"):
             tensor.fill_(0.0 if self.cfg.norm == "rms_unit" else 1.0)
         else:
-            residual = owner.endswith((".attention.out", ".mlp.down"))
+            residual = name.removesuffix(".weight").endswith(RESIDUAL)
             std = self.cfg.init_std / math.sqrt(2 * self.cfg.layers) if residual else self.cfg.init_std
             tensor.normal_(0.0, std, generator=generator)

@@ -12,12 +12,17 @@ def plan(cfg: DecoderConfig) -> Plan:
         "attention.k": "key_value",
         "attention.v": "key_value",
         "attention.out": "row",
-        "mlp": "gather",
-        "mlp.up": "column",
-        "mlp.down": "row",
     }
-    if cfg.gated:
-        block["mlp.gate"] = "column"
+    sparse = [cfg.sparse(i) for i in range(cfg.layers)]
+    if not all(sparse):
+        block |= _feed_forward("mlp", cfg.gated)
+    if any(sparse):
+        assert cfg.moe is not None
+        block |= {"moe.router": "sequence", "moe.experts": "experts"}
+        if cfg.moe.shared_ffn:
+            block |= _feed_forward("moe.shared", True)
+        if cfg.moe.shared_gate:
+            block["moe.shared_gate"] = "sequence"
     if cfg.qk_norm != "none":
         style: Style = "head_norm" if cfg.qk_norm == "head" else "width_norm"
         block |= {"attention.q_norm": style, "attention.k_norm": style}
@@ -38,4 +43,11 @@ def plan(cfg: DecoderConfig) -> Plan:
         heads=cfg.heads,
         kv_heads=cfg.num_kv_heads,
         hidden=cfg.hidden,
+        routing="layers.*.moe.routing" if any(sparse) else "",
+        experts=cfg.moe.experts if cfg.moe is not None else 0,
     )
+
+
+def _feed_forward(name: str, gated: bool) -> dict[str, Style]:
+    rows: dict[str, Style] = {name: "gather", f"{name}.up": "column", f"{name}.down": "row"}
+    return rows | ({f"{name}.gate": "column"} if gated else {})
