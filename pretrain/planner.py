@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from parallel.gpus import Gpu
-from parallel.layout import Layout, Program
 from parallel.mesh import AXES
 from parallel.pipeline_cut import check_microbatches, plan_stages, stages_of
 from parallel.plan import Plan
-from parallel.search import MARGIN, Planned, legal_layouts, search
-from parallel.shape import ModelShape, read_shape
+from parallel.planner.gpus import Gpu
+from parallel.planner.layout import Layout, Program
+from parallel.planner.search import MARGIN, Planned, legal_layouts, search
+from parallel.planner.shape import ModelShape, read_shape
 from pretrain.config import Origins, RunConfig
 from pretrain.models import FAMILIES
 

@@ -3,9 +3,9 @@
 import argparse
 from datetime import timedelta
 
-from parallel.gpus import GIB, find_gpu
 from parallel.mesh import AXES
-from parallel.search import Planned
+from parallel.planner.gpus import GIB, find_gpu
+from parallel.planner.search import Planned
 from pretrain.config import resolve
 from pretrain.planner import Question, answer, ask, to_overrides
 

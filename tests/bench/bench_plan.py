@@ -8,9 +8,9 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from parallel.gpus import GIB, KERNELS, Kernels
-from parallel.plan_memory import plan_memory
-from parallel.simulate import simulate
+from parallel.planner.gpus import GIB, KERNELS, Kernels
+from parallel.planner.memory import plan_memory
+from parallel.planner.step import simulate
 from tests.bench.published import Run, read_runs
 
 ROWS = Path(__file__).with_name("published_runs.csv")

@@ -1,4 +1,4 @@
-"""Fits the calibrated figures of `parallel.gpus` to published runs and says how well they carry over.
+"""Fits the calibrated figures of `parallel.planner.gpus` to published runs and says how well they carry over.
 
     python -m tests.bench.fit_plan [--rows FILE] [--rounds N]
 
@@ -15,8 +15,8 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from parallel.gpus import KERNELS
-from parallel.simulate import simulate
+from parallel.planner.gpus import KERNELS
+from parallel.planner.step import simulate
 from tests.bench.published import Run, read_runs
 
 Figures = dict[str, float]

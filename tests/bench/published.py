@@ -7,14 +7,14 @@ config of its model (`MODELS`); nothing depends on the row's result.
 import csv
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from parallel.gpus import GPUS, Gpu
-from parallel.layout import Layout, Program
-from parallel.shape import LayerShape, Matrix, ModelShape, Parameter, read_shape
+from parallel.planner.gpus import GPUS, Gpu
+from parallel.planner.layout import Layout, Program
+from parallel.planner.shape import LayerShape, Matrix, ModelShape, Parameter, read_shape
 from pretrain.models import FAMILIES
 from pretrain.models.decoder.config import DecoderConfig
 
@@ -151,7 +151,7 @@ def _dims(row: Row) -> dict[str, float]:
     return dims
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shape(items: tuple[tuple[str, float], ...]) -> ModelShape:
     dims = dict(items)
     if "experts" in dims:

@@ -7,7 +7,7 @@ User's Guide". Fused attention: Dao 2023 (arXiv:2307.08691): backward has five p
 from functools import lru_cache
 from math import ceil
 
-from parallel.gpus import Compute, Gpu, Kernels
+from parallel.planner.gpus import Compute, Gpu, Kernels
 
 TILES = ((128, 256), (256, 128), (128, 128), (64, 128), (128, 64), (64, 64))  # rows, columns of the output a block makes
 BYTES = {"bf16": 2.0, "fp8": 1.0, "fp4": 0.6}  # of an operand; fp4 with its scales

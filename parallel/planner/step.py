@@ -1,19 +1,19 @@
 """How long a training step takes under a layout, from the model's shape, a GPU's table and first principles.
 
-A step is its slowest pipeline stage: products and attention as in `parallel.kernels`; elementwise work as the bytes it
-moves; collectives as in `parallel.links`, hidden behind compute where the program overlaps them; recomputation; the
+A step is its slowest pipeline stage: products and attention as in `parallel.planner.kernels`; elementwise work as the bytes it
+moves; collectives as in `parallel.planner.links`, hidden behind compute where the program overlaps them; recomputation; the
 pipeline's bubble; the optimizer's bytes; kernel launches of the host where the device is faster. No figure belongs to a
-published run: all constants are in `parallel.gpus`.
+published run: all constants are in `parallel.planner.gpus`.
 """
 
 from dataclasses import dataclass
 
-from parallel.gpus import KERNELS, Gpu, Kernels
-from parallel.kernels import fused_attention, plain_attention, product
-from parallel.layout import Layout, Program, bubble, kv_share, local
-from parallel.links import Group, Kind, Traffic, collective, groups
-from parallel.plan_memory import held_elements, stage_parameters
-from parallel.shape import LayerShape, ModelShape
+from parallel.planner.gpus import KERNELS, Gpu, Kernels
+from parallel.planner.kernels import fused_attention, plain_attention, product
+from parallel.planner.layout import Layout, Program, bubble, kv_share, local
+from parallel.planner.links import Group, Kind, Traffic, collective, groups
+from parallel.planner.memory import held_elements, stage_parameters
+from parallel.planner.shape import LayerShape, ModelShape
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from parallel.gpus import Compute
-from parallel.shape import LayerShape, Matrix
+from parallel.planner.gpus import Compute
+from parallel.planner.shape import LayerShape, Matrix
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Planned parameter and optimizer bytes against the real program: rank k of a world that is not there, on meta."""
 
-from dataclasses import replace
 from math import prod
 
 import pytest
@@ -10,13 +9,13 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parallel import parallelize as parallelize_module
-from parallel.layout import Layout, Program, in_flight
 from parallel.materialise import name_stages
 from parallel.mesh import Mesh
 from parallel.parallelize import cut_stages, parallelize
 from parallel.pipeline_cut import stages_of
-from parallel.plan_memory import local_elements, piece, plan_memory, stage_parameters
-from parallel.shape import ModelShape, read_shape
+from parallel.planner.layout import Layout
+from parallel.planner.memory import local_elements, stage_parameters
+from parallel.planner.shape import ModelShape, read_shape
 from pretrain import train
 from pretrain.config import resolve
 from pretrain.models import FAMILIES

@@ -7,13 +7,13 @@ from itertools import product
 from typing import Any
 
 from parallel.context import check_context
-from parallel.gpus import KERNELS, Gpu, Kernels
-from parallel.layout import Layout, Program
 from parallel.pipeline_cut import V_SHAPED
 from parallel.plan import Plan
-from parallel.plan_memory import Memory, plan_memory, tensor_share
-from parallel.shape import ModelShape
-from parallel.simulate import Step, simulate
+from parallel.planner.gpus import KERNELS, Gpu, Kernels
+from parallel.planner.layout import Layout, Program
+from parallel.planner.memory import Memory, plan_memory, tensor_share
+from parallel.planner.shape import ModelShape
+from parallel.planner.step import Step, simulate
 from parallel.tensor import check_tensor
 
 MARGIN = 0.95  # of a GPU's memory that a plan may fill: predictions of memory are off by about as much
@@ -84,7 +84,7 @@ def _over_data(
                     continue
                 for schedule, chunks in _schedules(layout, shape, global_batch // (data * micro), choices):
                     for recompute, keep in product(choices("recompute", POLICIES), choices("keep", (False, True))):
-                        if layout.pp > 1 and not keep or layout.pp == 1 and keep and layout.shards == 1:
+                        if (layout.pp > 1 and not keep) or (layout.pp == 1 and keep and layout.shards == 1):
                             continue
                         yield replace(
                             layout, micro_batch=micro, schedule=schedule, chunks=chunks, recompute=recompute, keep=keep

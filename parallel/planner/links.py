@@ -8,8 +8,8 @@ members in a machine at once.
 from dataclasses import dataclass
 from typing import Literal
 
-from parallel.gpus import Gpu, Kernels
-from parallel.layout import Layout
+from parallel.planner.gpus import Gpu, Kernels
+from parallel.planner.layout import Layout
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 
-from parallel.gpus import GIB
-from parallel.layout import Layout, Program, in_flight, kv_share, local
-from parallel.shape import LayerShape, ModelShape, Parameter
+from parallel.planner.gpus import GIB
+from parallel.planner.layout import Layout, Program, in_flight, local
+from parallel.planner.shape import LayerShape, ModelShape, Parameter
 
 # What a process takes beside tensors: the CUDA context with its loaded kernels, cuBLAS workspaces; buffers of NCCL for
 # each communicator (default NCCL_BUFFSIZE of 4 MiB a channel, 16 to 32 channels, send and receive); and the part of the
