@@ -9,48 +9,55 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from parallel.mesh import SHARD_AXIS, Mesh
+from parallel.mesh import EXPERT_SHARD_AXIS, SHARD_AXIS, Mesh
 
 
 def apply_fsdp(
     root: nn.Module,
     blocks: Iterable[nn.Module],
+    experts: Iterable[nn.Module],
     mesh: Mesh,
     *,
     bf16: bool,
     reshard_after_forward: bool,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard each block on its own, then what is left under `root`, in place.
+    """Shard each block on its own, then what is left under `root`, in place; experts that ep has cut before their
+    block, over what ep leaves of the processes.
 
     Gradients are summed over ranks in fp32 (fp64 ones in fp64), never averaged: the loss is already divided by the
     global count. With `bf16` the blocks' parameters are gathered in bf16, at half the bytes: what autocast would make
     of their matrices. The embedding and the head stay fp32, and with them the residual stream, as in one process.
     Raises ValueError for a parameter that cannot be cut evenly beside tensor parallelism.
     """
-    axes = ("dp_replicate", SHARD_AXIS) if mesh["dp_replicate"].size() > 1 else (SHARD_AXIS,)
-    processes = mesh[SHARD_AXIS].size()
+    outer = ("dp_replicate",) if mesh["dp_replicate"].size() > 1 else ()
+    everyone = mesh[(*outer, SHARD_AXIS)]
     wide = torch.promote_types(next(root.parameters()).dtype, torch.float32)
     policy = MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
 
-    def shard(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool) -> None:
+    def shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool) -> None:
         fully_shard(
             module,
-            mesh=mesh[axes],
+            mesh=mesh,
             mp_policy=policy,
             reshard_after_forward=reshard,
             offload_policy=offload,
-            shard_placement_fn=lambda parameter: _shard_dim(parameter, processes),
+            shard_placement_fn=lambda parameter: _shard_dim(parameter, mesh.size(-1)),
         )
 
+    narrow = replace(policy, param_dtype=torch.bfloat16 if bf16 else None)
+    if mesh.experts is not None:
+        for module in experts:
+            shard(module, mesh.experts[(*outer, EXPERT_SHARD_AXIS)], narrow, reshard_after_forward)
     for block in blocks:
-        shard(block, replace(policy, param_dtype=torch.bfloat16 if bf16 else None), reshard_after_forward)
+        shard(block, everyone, narrow, reshard_after_forward)
     # What the root holds (embedding, head) is needed again at once: gathering it twice would be waste.
-    shard(root, policy, False)
+    shard(root, everyone, policy, False)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -58,20 +65,25 @@ def apply_fsdp(
 
 
 def _shard_dim(parameter: nn.Parameter, processes: int) -> Shard | None:
-    """The dim to cut; None: the first. Rows that tensor parallelism has cut already must be cut evenly again (torch
-    cannot name uneven pieces of pieces); else columns are.
+    """The dim to cut; None: the first. What another axis has cut already must be cut evenly again (torch cannot name
+    uneven pieces of pieces), and stacks of matrices are few: both take the first dim that divides.
     """
-    if not isinstance(parameter, DTensor) or not parameter.placements[0].is_shard(0):
+    cut = [1] * parameter.ndim  # into how many pieces each dim is cut already
+    if isinstance(parameter, DTensor):
+        for axis, place in enumerate(parameter.placements):
+            if isinstance(place, Shard):
+                cut[place.dim] *= parameter.device_mesh.size(axis)
+    if cut[0] == 1 and parameter.ndim < 3:
         return None
-    rows = parameter.shape[0]
-    if rows % (parameter.device_mesh.size() * processes) == 0:
+    for dim, (size, pieces) in enumerate(zip(parameter.shape, cut, strict=True)):
+        if size % (pieces * processes) == 0:
+            return Shard(dim)
+    if cut[0] == 1:
         return None
-    if parameter.ndim > 1 and parameter.shape[1] % processes == 0:
-        return Shard(1)
-    tp = parameter.device_mesh.size()
     raise ValueError(
-        f"a parameter of shape {list(parameter.shape)} cannot be cut evenly over parallel.tp = {tp} and "
-        f"parallel.dp_shard x parallel.cp = {processes}; choose degrees that divide it, or raise parallel.dp_replicate"
+        f"a parameter of shape {list(parameter.shape)}, cut into {cut} by parallel.tp and parallel.ep, cannot be cut "
+        f"evenly over the {processes} processes that parallel.dp_shard x parallel.cp leaves it; choose degrees that "
+        "divide it, or raise parallel.dp_replicate"
     )
 
 

@@ -9,6 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: tp stays inside a node
 SHARD_AXIS = "dp_shard_cp"  # dp_shard and cp as one: processes that share a sequence share parameters too
 GRID = ("pp", "dp_replicate", SHARD_AXIS, "tp")
+EXPERT_SHARD_AXIS = "dp_shard_cp_over_ep"  # what ep leaves of dp_shard x cp
+EXPERT_GRID = ("pp", "dp_replicate", EXPERT_SHARD_AXIS, "ep", "tp")
 
 
 class ParallelConfig(BaseModel):
@@ -21,7 +23,8 @@ class ParallelConfig(BaseModel):
     dp_shard: int = Field(-1, description="Processes that share one copy of parameters and optimizer (FSDP2)")
     cp: int = Field(1, description="Processes that share a sequence; parameters are sharded over them too")
     tp: int = Field(1, description="Processes that share each matrix, and the sequence between matrices")
-    ep: int = Field(1, description="Processes that share the experts (not yet supported above 1)")
+    ep: int = Field(1, description="Processes that share the experts, of those of dp_shard x cp")
+    expert_tp: bool = Field(True, description="Cut each expert's matrices over tp; false: whole experts, less traffic")
     reshard_after_forward: bool = Field(
         True,
         description="Free gathered parameters after a block's forward and gather again in backward; with pp they stay "
@@ -37,9 +40,9 @@ class ParallelConfig(BaseModel):
 
 
 def resolve_degrees(config: ParallelConfig, world_size: int) -> dict[str, int]:
-    """Degree of each mesh axis, -1 inferred. Raises ValueError when they cannot multiply to `world_size`."""
-    if config.ep != 1:
-        raise ValueError(f"parallel.ep = {config.ep}: only 1 is supported so far; set it to 1")
+    """Degree of each axis, -1 inferred, and of ep. Raises ValueError when they cannot multiply to `world_size`, and
+    when ep cannot be carved out of dp_shard x cp.
+    """
     degrees = {name: getattr(config, name) for name in AXES}
     for name, degree in degrees.items():
         if degree == 0 or degree < -1:
@@ -57,7 +60,14 @@ def resolve_degrees(config: ParallelConfig, world_size: int) -> dict[str, int]:
         )
     for name in inferred:
         degrees[name] = world_size // product
-    return degrees
+    shards = degrees["dp_shard"] * degrees["cp"]
+    if config.ep < 1 or shards % config.ep:
+        legal = [degree for degree in range(1, shards + 1) if shards % degree == 0]
+        raise ValueError(
+            f"parallel.ep = {config.ep} does not divide parallel.dp_shard {degrees['dp_shard']} x parallel.cp "
+            f"{degrees['cp']}, of which it is a part; set it to one of {legal}, or raise parallel.dp_shard"
+        )
+    return degrees | {"ep": config.ep}
 
 
 def _nearest(degrees: dict[str, int], product: int, world_size: int, inferred: bool) -> str:
@@ -91,14 +101,21 @@ def axes_across_nodes(degrees: dict[str, int], per_node: int) -> list[str]:
 class Mesh:
     """All processes as a grid: `mesh["tp"]` and `mesh["dp_replicate", SHARD_AXIS]` are DeviceMeshes of one parent.
 
-    Needs an initialised process group. Axes: those of `GRID`, and `cp`, the inner part of `SHARD_AXIS`.
+    Needs an initialised process group. Axes: those of `GRID`, and `cp`, the inner part of `SHARD_AXIS`. `experts` is a
+    grid of its own with the axes of `EXPERT_GRID`, of which `ep` is the inner part of `SHARD_AXIS`; None without ep.
     """
 
     def __init__(self, degrees: dict[str, int], device_type: str):
-        sizes = degrees | {SHARD_AXIS: degrees["dp_shard"] * degrees["cp"]}
-        self._grid = init_device_mesh(device_type, tuple(sizes[name] for name in GRID), mesh_dim_names=GRID)
+        shards, ep = degrees["dp_shard"] * degrees["cp"], degrees.get("ep", 1)
+        sizes = degrees | {SHARD_AXIS: shards, EXPERT_SHARD_AXIS: shards // ep}
+
+        def grid(axes: tuple[str, ...]) -> DeviceMesh:
+            return init_device_mesh(device_type, tuple(sizes[name] for name in axes), mesh_dim_names=axes)
+
+        self._grid = grid(GRID)
+        self.experts = grid(EXPERT_GRID) if ep > 1 else None
         # On its own, since slicing a parent along a flattened axis is on its way out of torch.
-        shape = (math.prod(degrees.values()) // (degrees["cp"] * degrees["tp"]), degrees["cp"], degrees["tp"])
+        shape = (self._grid.size() // (degrees["cp"] * degrees["tp"]), degrees["cp"], degrees["tp"])
         self._sequence = init_device_mesh(device_type, shape, mesh_dim_names=("outer", "cp", "inner"))["cp"]
 
     def __getitem__(self, axes: str | tuple[str, ...]) -> DeviceMesh:

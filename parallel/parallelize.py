@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from parallel.context import apply_context
 from parallel.engine import EngineSpec
+from parallel.expert import apply_experts, share_routing
 from parallel.fsdp import apply_fsdp
 from parallel.materialise import init_parameters, materialise
 from parallel.mesh import SHARD_AXIS, Mesh
@@ -59,6 +60,11 @@ def cut_stages(spec: EngineSpec, mesh: Mesh | None) -> list[range]:
     return stages
 
 
+def module_names(spec: EngineSpec, pattern: str) -> list[str]:
+    """Names that `pattern` has in the whole model; none for an empty pattern."""
+    return list(match_modules(_build(spec), pattern)) if pattern else []
+
+
 def _build(spec: EngineSpec) -> Any:
     with torch.device("meta"):
         model = spec.build()
@@ -72,10 +78,14 @@ def _make_stage(spec: EngineSpec, mesh: Mesh | None, device: torch.device, stage
     is one compiled graph and collectives stay outside; recomputation before compile, which then plans it.
     """
     model = _build(spec)
-    styles_of(model, spec.plan)
+    styles = styles_of(model, spec.plan)
     if mesh is not None and mesh["tp"].size() > 1:
         apply_tensor(model, spec.plan, mesh["tp"])
         model.tie_weights()
+    if mesh is not None and spec.plan.experts:
+        apply_experts(model, spec.plan, mesh, spec.parallel.expert_tp)
+        share_routing(model, spec.plan, mesh)
+    experts = {model.get_submodule(name) for name, style in styles.items() if style == "experts"}
     last = index == len(stages) - 1
     cut(model, spec.plan, stages[index], first=index == 0, last=last)
     blocks = match_modules(model, spec.plan.blocks).values()
@@ -96,6 +106,7 @@ def _make_stage(spec: EngineSpec, mesh: Mesh | None, device: torch.device, stage
         apply_fsdp(
             stage,
             blocks,
+            [module for module in model.modules() if module in experts],
             mesh,
             bf16=bf16,
             # In a pipeline each micro-batch would gather all parameters again.

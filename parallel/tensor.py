@@ -53,6 +53,8 @@ STYLES: dict[Style, Layout] = {
 def apply_tensor(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
     """Distribute the parameters of `model` over `mesh` (axis tp) and make its modules communicate, in place."""
     for name, style in styles_of(model, plan).items():
+        if style == "experts":
+            continue
         module, layout = model.get_submodule(name), STYLES[style]
         if style == "key_value" and plan.kv_heads % mesh.size():
             _place(module, mesh, WHOLE, WHOLE)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from parallel.context import check_context, split_sequence
 from parallel.engine import Batch, EngineSpec, Sums
+from parallel.expert import Routers, check_experts
 from parallel.fsdp import reduce_over_replicas
 from parallel.gradients import clip, settle, total_norm
 from parallel.materialise import name_stages
 from parallel.mesh import Mesh, resolve_degrees
 from parallel.optimizer_state import optimizer_state, set_lr
-from parallel.parallelize import parallelize
+from parallel.parallelize import module_names, parallelize
 from parallel.pipeline import Pipeline
 from parallel.tensor import check_tensor
 from parallel.world import World
@@ -29,6 +30,7 @@ class NativeEngine:
         degrees = resolve_degrees(spec.parallel, world.size)
         cp, tp = degrees["cp"], degrees["tp"]
         check_tensor(spec.plan, tp, spec.seq_len // cp)
+        check_experts(spec.plan, degrees["ep"])
         check_context(spec.seq_len, cp, spec.parallel.cp_method, spec.plan.heads, tp)
         self.mesh = Mesh(degrees, world.device.type) if world.size > 1 else None
         self.device = world.device
@@ -44,8 +46,11 @@ class NativeEngine:
         self._tied = spec.plan.tied
         self._named = name_stages((stage.model for stage in self.stages.values()), spec.plan.tied)
         self.optimizer = spec.make_optimizer(self._parameters())
+        models = [stage.model for stage in self.stages.values()]
+        self._routers = Routers(module_names(spec, spec.plan.routing), models, spec.plan.experts, world.device)
 
     def forward_backward(self, microbatches: list[Batch], count: Tensor) -> Sums:
+        self._routers.begin(1 / count)
         if self.pipeline is None:
             totals = self._accumulate(microbatches, count)
         else:
@@ -55,7 +60,8 @@ class NativeEngine:
             for copy, original in self._tied.items():
                 held = self._named.tensors.get(original) if 0 in self.stages else None
                 self.pipeline.sum_tied(held, self._named.copies.get(copy))
-        return {name: value / count for name, value in self._reduce(totals).items()}
+        sums = self._reduce(totals) | self._routers.collect()
+        return {name: value / count for name, value in sums.items()}
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Batch]) -> Sums:
@@ -79,6 +85,7 @@ class NativeEngine:
         set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._routers.settle()
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         values = values.to(self.device, non_blocking=True)
@@ -94,7 +101,7 @@ class NativeEngine:
         tensors = {name: tensor.detach() for name, tensor in self._named.tensors.items()}
         optimizer = optimizer_state(self.optimizer, self._parameters())
         known = {key: value for key, value in optimizer.items() if key.partition(".")[2] in tensors}
-        return {"model": tensors, "optimizer": known}
+        return {"model": tensors, "optimizer": known | self._routers.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
