@@ -1,6 +1,7 @@
 """A recipe's small likeness: the same structure in a size that a laptop computes in a second."""
 
 import math
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 from pretrain.config import RunConfig
@@ -45,6 +46,9 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
             values[name] = _layers(config, degrees["pp"])
         elif name == "vocab_size":
             values[name] = _dim(VOCABULARY, processes) + value % processes
+    moe = getattr(model, "moe", None)
+    if moe is not None:
+        values["moe"] = _few_experts(moe, processes, hidden / width)
     seq_len = _dim(TOKENS, 2 * degrees["cp"] * degrees["tp"]) + config.data.seq_len % (
         2 * degrees["cp"] * degrees["tp"]
     )
@@ -53,7 +57,7 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
         values["window"] = max(2, seq_len // 5)
     if not model.vocab_size:
         values["vocab_size"] = _dim(VOCABULARY, processes)
-    values = {name: after for name, after in values.items() if not 0 < getattr(model, name) < after}
+    values = {name: v for name, v in values.items() if name == "moe" or not 0 < getattr(model, name) < v}
     if getattr(model, "init_std", 0) and hidden:
         # At a small width the usual 0.02 makes attention all but uniform: wrong masks and positions would hardly show.
         values["init_std"] = max(model.init_std, round(hidden**-0.5, 3))
@@ -77,8 +81,38 @@ def changes(before: RunConfig, after: RunConfig) -> list[Change]:
     found = []
     for section in ("model", "data", "parallel"):
         old, new = getattr(before, section), getattr(after, section)
-        found += [(f"{section}.{k}", getattr(old, k), v) for k, v in new if getattr(old, k) != v]
+        found += _differences(section, dict(old), dict(new))
     return found
+
+
+def _differences(where: str, old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    found: list[Change] = []
+    for key, after in new.items():
+        before = old[key]
+        if is_dataclass(before) and is_dataclass(after):
+            found += _differences(f"{where}.{key}", vars(before), vars(after))
+        elif before != after:
+            found.append((f"{where}.{key}", before, after))
+    return found
+
+
+def _few_experts(moe: Any, processes: int, scale: float) -> Any:
+    """Groups stay, and which degrees divide the experts; a token takes at most two, of at least four. The balancing
+    loss is raised, or a wrong one would hardly show.
+    """
+    unit = math.lcm(moe.groups * (1 if moe.group_score == "max" else 2), math.gcd(moe.experts, processes))
+    experts = min(_dim(4, unit), moe.experts)
+    top_k = min(moe.top_k, 2, moe.top_groups * (experts // moe.groups))
+    ffn, shared = (_dim(round(size * scale), processes) if size else 0 for size in (moe.ffn, moe.shared_ffn))
+    return replace(
+        moe,
+        experts=experts,
+        top_k=top_k,
+        ffn=ffn,
+        shared_ffn=shared,
+        first_dense=min(moe.first_dense, 1),
+        balance_weight=max(moe.balance_weight, 0.1) if moe.balance_weight else 0.0,
+    )
 
 
 def _dim(size: int, unit: int) -> int:
@@ -91,4 +125,6 @@ def _layers(config: RunConfig, pp: int) -> int:
     layers = config.model.layers
     stages = pp * max(config.parallel.stages_per_rank, 2) if pp > 1 else 2
     wanted = max(stages, len(getattr(config.model, "pattern", ())))
+    if getattr(config.model, "moe", None) is not None:
+        wanted = max(wanted, min(config.model.moe.first_dense, 1) + config.model.moe.every)
     return min(layers, wanted + (layers % pp if pp > 1 else 0))

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from data_pipeline.loader import Loader
 from parallel.context import check_context
 from parallel.engine import Batch, Engine, Sums
+from parallel.expert import check_experts
 from parallel.mesh import AXES, resolve_degrees
 from parallel.pipeline_cut import check_microbatches, plan_stages
 from parallel.tensor import check_tensor
@@ -37,6 +38,7 @@ from pretrain.train import build_engine, train_step
 
 OPTIMIZERS = ("adamw", "muon")
 LEARNING_RATE = 0.01  # a smaller one's updates would drown in the rounding of weights near 1
+ROUTER_LOSSES = ("balance_loss", "z_loss")
 TENSORS = ("initial weights", "gradients", "weights")
 Record = dict[str, dict[str, list[float]]]  # kind -> quantity -> fields of its Distance
 
@@ -88,7 +90,8 @@ def run_steps(config: RunConfig, world: World, steps: int) -> Outcome:
     for step in range(1, steps + 1):
         batches = [objective.collate(batch) for batch in next(loader)[0]]
         values, _ = train_step(recorder, objective, batches, LEARNING_RATE, False)
-        losses |= {f"{name} of step {step}": float(values[name]) for name in objective.sums}
+        shown = [name for name in (*objective.sums, *ROUTER_LOSSES) if name in values]
+        losses |= {f"{name} of step {step}": float(values[name].sum()) for name in shown}
         norms[f"gradient norm of step {step}"] = float(values["grad_norm"])
     batches = [objective.collate(batch) for batch in next(loader)[0]]
     count = engine.sum_over_data(torch.tensor([objective.count(batches)]))
@@ -125,6 +128,7 @@ def make_reference(world: World, config_text: str, steps: int, folder: str) -> d
         "parallel.dp_shard": 1,
         "parallel.cp": 1,
         "parallel.tp": 1,
+        "parallel.ep": 1,
     }
     plain |= {
         "parallel.stage_layers": (),
@@ -237,7 +241,9 @@ def check_layout(config: RunConfig, processes: int | None) -> tuple[int, dict[st
         degrees = [getattr(config.parallel, axis) for axis in AXES]
         processes = math.prod(2 if degree == -1 else max(degree, 1) for degree in degrees)
     found = resolve_degrees(config.parallel, processes)
+    check_balance(config)
     plan, cp, tp = FAMILIES[config.model.family].plan(config.model), found["cp"], found["tp"]
+    check_experts(plan, found["ep"])
     check_tensor(plan, tp, config.data.seq_len // cp)
     check_context(config.data.seq_len, cp, config.parallel.cp_method, plan.heads, tp)
     if found["pp"] > 1:
@@ -254,6 +260,21 @@ def check_layout(config: RunConfig, processes: int | None) -> tuple[int, dict[st
             f"dp_shard = {at_once}; change one of them"
         )
     return processes, found
+
+
+def check_balance(config: RunConfig) -> None:
+    """Raises ValueError for a loss that is another one for each size of micro-batch: nothing to compare."""
+    moe = getattr(config.model, "moe", None)
+    if moe is not None and moe.balance == "micro_batch" and moe.balance_weight:
+        raise ValueError(
+            'model.moe.balance = "micro_batch" makes the loss depend on how a batch is cut, so layouts cannot agree; '
+            'set it to "sequence" or "global" to verify'
+        )
+
+
+def count_experts(config: RunConfig) -> int:
+    """Of a layer that has them; 0: none."""
+    return int(FAMILIES[config.model.family].plan(config.model).experts)
 
 
 def with_some_vocabulary(config: RunConfig) -> RunConfig:

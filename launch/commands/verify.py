@@ -23,8 +23,10 @@ from pretrain.shrink import Change, shrink
 from pretrain.verify import (
     OPTIMIZERS,
     changed,
+    check_balance,
     check_layout,
     compare_layout,
+    count_experts,
     make_reference,
     measure_layout,
     to_text,
@@ -177,10 +179,11 @@ def _all(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
         )
     widest = {"pp": processes, "dp_replicate": 1, "dp_shard": 1, "cp": processes, "tp": 1}
     config = changed(config, {"parallel.stage_layers": (), "parallel.stages_per_rank": 0})
+    check_balance(config)
     small, changes = shrink(config, widest, processes)
     small = changed(small, {"train.global_batch": 4 * processes, "train.micro_batch": 2})
     device = _device(processes)
-    layouts = all_layouts(small.parallel, processes, schedule_names())
+    layouts = all_layouts(small.parallel, processes, schedule_names(), count_experts(small))
     _print_changes(console, changes)
     console.print(
         f"{len(layouts)} layouts of {processes} processes on {device}; 1 and 2 rounds of micro-batches a step"

@@ -173,7 +173,7 @@ def test_tensors_are_gathered_but_sums_left_undone_stay_so():
 def test_processes_follow_from_the_degrees():
     config = resolve("tiny", ["model.heads=4", "parallel.tp=2"])[0]
     assert check_layout(config, None)[0] == 4  # dp_shard = -1 counts 2
-    assert check_layout(config, 4) == (4, {**ONE, "dp_shard": 2, "tp": 2})
+    assert check_layout(config, 4) == (4, {**ONE, "dp_shard": 2, "tp": 2, "ep": 1})
     with pytest.raises(ValueError, match=r"need a multiple of 2 processes, but 3 run"):
         check_layout(config, 3)
     assert from_text(to_text(config)) == config

@@ -63,7 +63,7 @@ def bucketed(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[
     rows = counts.tolist()
     buckets = make_buckets(rows)
     if len(buckets) == 1 and min(rows) == max(rows):
-        return _batched(x.view(len(rows), -1, x.shape[-1]), weights, activation).flatten(0, 1)
+        return _batched(x.view(len(rows), rows[0], x.shape[-1]), weights, activation).flatten(0, 1)
     starts = (counts.cumsum(0) - counts).tolist()
     found = []
     for bucket in buckets:

@@ -230,8 +230,8 @@ class Routing(nn.Module):
         rows = self.gather(rows.scatter_add(1, chosen.flatten(1), torch.ones_like(chosen.flatten(1))))[0].sum(0)
         if cfg.balance == "micro_batch":
             rows = rows.sum(0, keepdim=True)
-        load = rows / rows.sum(-1, keepdim=True)
-        return cfg.experts * (shares.sum(1) * load.to(shares)).sum()
+        load = rows.to(shares) / rows.sum(-1, keepdim=True)
+        return cfg.experts * (shares.sum(1) * load).sum()
 
 
 class _Attach(torch.autograd.Function):
