@@ -14,7 +14,7 @@ from parallel.materialise import init_parameters, materialise
 from parallel.mesh import SHARD_AXIS, Mesh
 from parallel.pipeline_cut import check_microbatches, cut, cut_by_hand, plan_stages, schedule_class, stages_of
 from parallel.plan import match_modules, styles_of
-from parallel.remat import apply_remat
+from parallel.remat import apply_remat, hide_hooks
 from parallel.tensor import apply_tensor
 
 
@@ -103,16 +103,20 @@ def _make_stage(spec: EngineSpec, mesh: Mesh | None, device: torch.device, stage
     bf16 = spec.precision == "bf16" and device.type == "cuda"
     if mesh is not None and (bf16 or mesh["dp_replicate"].size() * mesh[SHARD_AXIS].size() > 1):
         options = spec.parallel
+        held = [module for module in model.modules() if module in experts]
         apply_fsdp(
             stage,
             blocks,
-            [module for module in model.modules() if module in experts],
+            held,
             mesh,
             bf16=bf16,
             # In a pipeline each micro-batch would gather all parameters again.
             reshard_after_forward=options.reshard_after_forward and len(stages) == 1,
             cpu_offload=options.cpu_offload,
         )
+        if spec.recompute == "selective":
+            for module in held:
+                hide_hooks(module)
     materialise(model, torch.device("cpu") if spec.parallel.cpu_offload else device)
     init_parameters(model, spec.seed, spec.plan.tied)
     return stage

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Recompute = Literal["none", "selective", "full"]
@@ -32,6 +33,25 @@ def apply_remat(block: nn.Module, recompute: Recompute) -> None:
         return checkpoint(whole, *args, **options, **kwargs)
 
     block.forward = forward
+
+
+def hide_hooks(module: nn.Module) -> None:
+    """Keep what FSDP's hooks around `module` do from selective recomputation, in place.
+
+    Inside a recomputed block they communicate at other times in backward than in forward, and torch 2.13 refuses a
+    block that runs other operations the second time.
+    """
+
+    def hidden(hook: Any) -> Any:
+        def run(*args: Any) -> Any:
+            with _disable_current_modes():
+                return hook(*args)
+
+        return run
+
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in hooks.items():
+            hooks[key] = hidden(hook)
 
 
 def _policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
