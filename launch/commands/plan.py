@@ -1,104 +1,123 @@
 """pretrain plan"""
 
 import argparse
+import shlex
 from datetime import timedelta
 
 from parallel.mesh import AXES
 from parallel.planner.gpus import GIB, find_gpu
-from parallel.planner.search import Planned
+from parallel.planner.search import CLOSE, Planned
+from parallel.planner.step import Step
 from pretrain.config import resolve
-from pretrain.planner import Question, answer, ask, to_overrides
+from pretrain.planner import SETTINGS, Question, answer, ask, to_overrides
 
 
 def plan(args: argparse.Namespace) -> None:
     """Print the fastest layouts that fit."""
-    gpu = find_gpu(args.gpu)
-    question = ask(*resolve(args.recipe, args.overrides), args.gpus, gpu)
+    question = ask(*resolve(args.recipe, args.overrides), args.gpus, find_gpu(args.gpu))
     found = answer(question)
     print("\n".join(table(question, found[: args.top])))
     print()
-    print("\n".join(why(found)))
+    print(why(found))
     if args.explain:
         print()
         print("\n".join(explain(question, found[0])))
-    print(f"\npretrain run {args.recipe} {' '.join([*other(args.overrides), to_overrides(found[0])])}")
-
-
-def other(overrides: list[str]) -> list[str]:
-    """Those that the plan does not set itself."""
-    own = ("parallel.", "train.micro_batch", "train.recompute")
-    return [word for word in overrides if not word.startswith(own)]
+    own = [word for word in args.overrides if word.partition("=")[0] not in SETTINGS]
+    print(f"\npretrain run {shlex.join([args.recipe, *own])} {to_overrides(question, found[0])}")
 
 
 def table(question: Question, found: list[Planned]) -> list[str]:
-    """One line a layout, fastest first."""
-    config, gpu = question.config, question.gpu
+    """One line a layout, best first."""
+    config, space = question.config, question.space
+    ep = f" {'ep':>3}" if space.plan.experts else ""
     lines = [
         f"{config.model.num_parameters() / 1e9:.2f}B parameters, {config.train.global_batch} sequences of "
-        f"{config.data.seq_len} tokens a step, on {question.gpus} x {gpu.name} ({gpu.memory / GIB:.0f} GiB)",
+        f"{config.data.seq_len} tokens a step, on {space.gpus} x {space.gpu.name} ({space.gpu.memory / GIB:.0f} GiB)",
         "",
-        f"{'':>3} {'pp':>3} {'repl':>4} {'shard':>5} {'cp':>3} {'tp':>3} {'micro':>5} {'recompute':>9} {'schedule':>16} "
-        f"{'GiB/GPU':>8} {'tokens/s':>11} {'TFLOP/s':>8} {'MFU':>6} {'bubble':>7} {'days':>7}",
+        f"{'':>3} {'pp':>3} {'repl':>4} {'shard':>5} {'cp':>3} {'tp':>3}{ep} {'micro':>5} {'recompute':>9} "
+        f"{'schedule':>18} {'GiB/GPU':>8} {'tokens/s':>11} {'TFLOP/s':>8} {'MFU':>6} {'bubble':>7} {'days':>7}",
     ]
     for rank, planned in enumerate(found, 1):
         layout, step = planned.layout, planned.step
         schedule = "-" if layout.pp == 1 else layout.schedule + (f" x{layout.chunks}" if layout.chunks > 1 else "")
         cp = f"{layout.cp}{layout.cp_method[0]}" if layout.cp > 1 else "1"
+        ep = f" {layout.ep:>3}" if space.plan.experts else ""
         lines.append(
-            f"{rank:>3} {layout.pp:>3} {layout.dp_replicate:>4} {layout.dp_shard:>5} {cp:>3} {layout.tp:>3} "
-            f"{layout.micro_batch:>5} {layout.recompute:>9} {schedule:>16} {planned.memory.total / GIB:>8.1f} "
+            f"{rank:>3} {layout.pp:>3} {layout.dp_replicate:>4} {layout.dp_shard:>5} {cp:>3} {layout.tp:>3}{ep} "
+            f"{layout.micro_batch:>5} {layout.recompute:>9} {schedule:>18} {planned.memory.total / GIB:>8.1f} "
             f"{step.tokens_per_s:>11,.0f} {step.tflops:>8.0f} {100 * step.mfu:>5.1f}% {100 * step.bubble:>6.1f}% "
             f"{config.train.steps * step.seconds / 86400:>7.1f}"
         )
     return lines
 
 
-def why(found: list[Planned]) -> list[str]:
-    """What the runner-up loses its time with."""
+def why(found: list[Planned]) -> str:
+    """Why the first is best."""
     best = found[0]
     if len(found) == 1:
-        return ["It is the only set of degrees that fits."]
+        return "It is the only set of degrees that fits."
+    fastest = min(found, key=lambda planned: planned.step.seconds)
+    if fastest is not best:
+        slower = 100 * (best.step.seconds / fastest.step.seconds - 1)
+        return (
+            f"The first is the simplest of those within {100 * (CLOSE - 1):.0f} % of the fastest, which predictions "
+            f"can hardly tell apart: its step is {slower:.1f} % longer."
+        )
     second = found[1]
     lost = {name: seconds - best.step.parts.get(name, 0.0) for name, seconds in second.step.parts.items()}
     worst = max(lost, key=lambda name: lost[name])
     slower = 100 * (second.step.seconds / best.step.seconds - 1)
-    return [
-        f"The first is best: the second's step is {slower:.1f} % longer; it loses most in {worst} "
+    return (
+        f"The first is the fastest: the second's step is {slower:.1f} % longer; it loses most in {worst} "
         f"(+{1000 * lost[worst]:.0f} ms of a step of {1000 * best.step.seconds:.0f} ms)."
-    ]
+    )
 
 
 def explain(question: Question, planned: Planned) -> list[str]:
     """All terms of one layout."""
-    config, step, gpu = question.config, planned.step, question.gpu
-    layout = planned.layout
+    layout, step, gpu = planned.layout, planned.step, question.space.gpu
     degrees = ", ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES)
-    lines = [f"Layout: {degrees}; {planned.microbatches} micro-batches of {layout.micro_batch} a step"]
-    lines += ["", f"Memory of the fullest GPU, of {gpu.memory / GIB:.1f} GiB"]
-    lines += [f"  {name:40} {size / GIB:>9.2f} GiB" for name, size in planned.memory.terms.items()]
-    lines += [f"  {'total':40} {planned.memory.total / GIB:>9.2f} GiB"]
-    lines += ["", "Time of a step"]
-    lines += [
-        f"  {name:40} {1000 * seconds:>9.1f} ms {100 * seconds / step.seconds:>6.1f} %"
-        for name, seconds in step.parts.items()
-        if seconds > 0
-    ]
-    lines += [f"  {'total':40} {1000 * step.seconds:>9.1f} ms"]
-    lines += [
+    return [
+        f"Layout: {degrees}; {planned.setting.microbatches} micro-batches of {layout.micro_batch} a step",
         "",
-        f"Communication of a GPU in a step{'':18} axis           times        MiB each      GiB     link   busy ms",
+        f"Memory of the fullest GPU, of {gpu.memory / GIB:.1f} GiB",
+        *(f"  {name:40} {size / GIB:>9.2f} GiB" for name, size in planned.memory.terms.items() if size),
+        f"  {'total':40} {planned.memory.total / GIB:>9.2f} GiB",
+        "",
+        "Time of a step",
+        *(
+            f"  {name:40} {1000 * seconds:>9.1f} ms {100 * seconds / step.seconds:>6.1f} %"
+            for name, seconds in step.parts.items()
+            if seconds
+        ),
+        f"  {'total':40} {1000 * step.seconds:>9.1f} ms",
+        "",
+        *_communication(step),
+        "",
+        *_summary(question, step),
     ]
-    for t in step.traffic:
-        lines.append(
-            f"  {t.kind:14} {t.what:34} {t.axis:13} {t.count:>7,.0f} {t.bytes / 2**20:>14.1f} "
-            f"{t.count * t.bytes / GIB:>9.2f} {t.link:>8} {1000 * t.count * t.seconds:>9.1f}"
-        )
+
+
+def _communication(step: Step) -> list[str]:
+    """MiB: what one process gives or gets, whichever is more; GiB: what it sends in all."""
+    title = "Communication of a GPU in a step"
+    return [
+        f"{title:51} {'axis':13} {'times':>8} {'MiB each':>9} {'GiB sent':>9} {'link':>8} {'busy ms':>9}",
+        *(
+            f"  {t.kind:14} {t.what:34} {t.axis:13} {t.count:>8,.0f} {t.size / 2**20:>9.1f} "
+            f"{t.count * t.sent / GIB:>9.2f} {t.link:>8} {1000 * t.count * t.seconds:>9.1f}"
+            for t in step.traffic
+        ),
+    ]
+
+
+def _summary(question: Question, step: Step) -> list[str]:
+    config, gpu = question.config, question.space.gpu
     tokens = config.train.steps * config.train.global_batch * config.data.seq_len
     spent = timedelta(seconds=round(config.train.steps * step.seconds))
-    lines += [
-        "",
-        f"{step.tokens_per_s:,.0f} tokens/s, {step.tokens_per_s / step.gpus:,.0f} a GPU; {step.tflops:.0f} TFLOP/s a GPU; "
-        f"MFU {100 * step.mfu:.1f} % of {gpu.peak_bf16 / 1e12:,.0f} TFLOP/s (bf16, dense); bubble {100 * step.bubble:.1f} %",
+    return [
+        f"{step.tokens_per_s:,.0f} tokens/s, {step.tokens_per_s / step.gpus:,.0f} a GPU; {step.tflops:.0f} TFLOP/s a "
+        f"GPU; MFU {100 * step.mfu:.1f} % of {gpu.peak_bf16 / 1e12:,.0f} TFLOP/s (bf16, dense); "
+        f"bubble {100 * step.bubble:.1f} %",
         f"{tokens / 1e9:,.1f}B tokens ({config.train.steps:,} steps) take {spent}, saving and evaluating aside.",
     ]
-    return lines

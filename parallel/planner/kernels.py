@@ -9,8 +9,9 @@ from math import ceil
 
 from parallel.planner.gpus import Compute, Gpu, Kernels
 
-TILES = ((128, 256), (256, 128), (128, 128), (64, 128), (128, 64), (64, 64))  # rows, columns of the output a block makes
-BYTES = {"bf16": 2.0, "fp8": 1.0, "fp4": 0.6}  # of an operand; fp4 with its scales
+# Rows and columns of the output that a block of threads makes.
+TILES = ((128, 256), (256, 128), (128, 128), (64, 128), (128, 64), (64, 64))
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.6}  # of an operand; fp4 with its scales
 
 
 @lru_cache(maxsize=1 << 18)
@@ -37,11 +38,14 @@ def product(rows: float, inner: float, columns: float, compute: Compute, gpu: Gp
 
 
 def fused_attention(
-    flops: float, qk_dim: int, v_dim: int, native: bool, gpu: Gpu, kernels: Kernels
+    flops: float, qk_dim: int, v_dim: int, compute: Compute, native: bool, gpu: Gpu, kernels: Kernels
 ) -> tuple[float, float]:
-    """Seconds forward and backward of attention whose forward has `flops`."""
+    """Seconds forward and backward of attention whose forward has `flops`, in 16 bits unless `compute` is wider.
+    native: by kernels written for this generation of GPU (FlashAttention 3, cuDNN).
+    """
     width = (qk_dim + v_dim) / 2
-    speed = gpu.peak_bf16 * gpu.attention * min(1.0, width / (width + kernels.width) * (128 + kernels.width) / 128)
+    peak = gpu.peak_fp32 if compute == "fp32" else gpu.peak_bf16
+    speed = peak * gpu.attention * min(1.0, width / (width + kernels.width) * (128 + kernels.width) / 128)
     if gpu.peak_fp8 and not native:
         speed *= kernels.ported
     return flops / speed, 2.5 * kernels.backward * flops / speed

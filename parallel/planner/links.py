@@ -5,18 +5,18 @@ is both (Thakur et al. 2005, doi:10.1177/1094342005051521). Between machines, a 
 members in a machine at once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
-from parallel.planner.gpus import Gpu, Kernels
-from parallel.planner.layout import Layout
+from parallel.planner.layout import Setting
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """A mesh axis: size processes, `stride` apart, of which `near` are in one NVLink domain."""
+    """A mesh axis: size processes, of which `near` are in one NVLink domain."""
 
     axis: str
     size: int
@@ -29,56 +29,72 @@ class Group:
 
 @dataclass(frozen=True)
 class Traffic:
-    """A collective, `count` times a step. bytes: sent by one process, each time. seconds: of one, alone on its link."""
+    """A collective, `count` times a step. size: bytes of the larger of what one process gives and gets; sent: of what
+    it puts on the link. seconds: of one, alone on its link."""
 
     axis: str
     kind: Kind
     what: str
     count: float
-    bytes: float
+    size: float
+    sent: float
     link: str
     seconds: float
 
-
-def groups(layout: Layout, gpu: Gpu) -> dict[str, Group]:
-    """Ranks are laid out with tp innermost, pp outermost."""
-    found, stride = {}, 1
-    for axis, size in (
-        ("tp", layout.tp),
-        ("cp", layout.cp),
-        ("dp_shard", layout.dp_shard),
-        ("dp_replicate", layout.dp_replicate),
-        ("pp", layout.pp),
-    ):
-        found[axis] = Group(axis, size, min(size, max(1, gpu.domain // stride)))
-        stride *= size
-    found["shards"] = Group("dp_shard x cp", layout.shards, min(layout.shards, max(1, gpu.domain // layout.tp)))
-    # Experts take processes of cp and dp_shard.
-    found["ep"] = Group("ep", layout.ep, min(layout.ep, max(1, gpu.domain // layout.tp)))
-    rest = max(1, layout.shards // layout.ep)
-    found["expert shards"] = Group("dp_shard / ep", rest, min(rest, max(1, gpu.domain // (layout.tp * layout.ep))))
-    return found
+    def times(self, factor: float) -> "Traffic":
+        return replace(self, count=self.count * factor)
 
 
-def collective(
-    group: Group, kind: Kind, what: str, size: float, gpu: Gpu, kernels: Kernels, count: float = 1
-) -> Traffic:
+@lru_cache(maxsize=1 << 12)
+def groups(pp: int, dp_replicate: int, dp_shard: int, cp: int, tp: int, ep: int, domain: int) -> dict[str, Group]:
+    """Ranks are laid out with tp innermost, pp outermost; ep takes processes of cp and dp_shard. "shards" are those
+    that share parameters, "expert shards" those that share the parameters of the same experts."""
+
+    def group(axis: str, size: int, stride: int) -> Group:
+        return Group(axis, size, min(size, max(1, domain // stride)))
+
+    shards = cp * dp_shard
+    return {
+        "tp": group("tp", tp, 1),
+        "cp": group("cp", cp, tp),
+        "dp_replicate": group("dp_replicate", dp_replicate, tp * shards),
+        "pp": group("pp", pp, tp * shards * dp_replicate),
+        "shards": group("dp_shard x cp", shards, tp),
+        "ep": group("ep", ep, tp),
+        "expert shards": group("dp_shard / ep", max(1, shards // ep), tp * ep),
+    }
+
+
+def axis_of(setting: Setting, axis: str) -> Group:
+    """One of `groups`."""
+    degrees = setting.layout
+    return groups(
+        degrees.pp,
+        degrees.dp_replicate,
+        degrees.dp_shard,
+        degrees.cp,
+        degrees.tp,
+        degrees.ep,
+        setting.gpu.domain,
+    )[axis]
+
+
+def collective(setting: Setting, axis: str, kind: Kind, what: str, size: float, count: float = 1) -> Traffic:
     """size: bytes of the whole tensor (gathered, or to be reduced); for all-to-all and send of one process's part."""
-    n = group.size
+    group, kernels = axis_of(setting, axis), setting.kernels
+    n, near = group.size, group.near
     if n == 1:
-        return Traffic(group.axis, kind, what, 0, 0.0, "NVLink", 0.0)
-    nodes = -(-n // group.near)
+        return Traffic(group.axis, kind, what, 0, size, 0.0, "NVLink", 0.0)
+    fast, slow = setting.gpu.nvlink * kernels.nvlink, setting.gpu.network * kernels.network
     if kind == "send":
-        near = group.near > 1 and group.near >= n
-        seconds = size / (gpu.nvlink * kernels.nvlink if near else gpu.network * kernels.network)
-        return Traffic(group.axis, kind, what, count, size, group.link, seconds + kernels.latency)
+        seconds = size / (fast if near >= n else slow) + kernels.latency
+        return Traffic(group.axis, kind, what, count, size, size, group.link, seconds)
+    nodes = -(-n // near)
     sent = size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
-    fast = gpu.nvlink * kernels.nvlink
     if kind == "all-to-all":
-        seconds = size * (group.near - 1) / n / fast
-        seconds = max(seconds, size * (n - group.near) / n / (gpu.network * kernels.network))
+        seconds = max(size * (near - 1) / n / fast, size * (n - near) / n / slow)
     else:
-        seconds = sent / (fast if nodes == 1 else min(fast, group.near * gpu.network * kernels.network))
-    hops = (n - nodes) * kernels.latency_near if nodes == 1 else nodes * kernels.latency
+        seconds = sent / (fast if nodes == 1 else min(fast, near * slow))
+    hops = (n - 1) * kernels.latency_near if nodes == 1 else nodes * kernels.latency
     seconds += min(hops, 40 * kernels.latency) + kernels.latency_near * 3
-    return Traffic(group.axis, kind, what, count, sent, group.link, seconds)
+    return Traffic(group.axis, kind, what, count, size, sent, group.link, seconds)

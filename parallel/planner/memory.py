@@ -1,18 +1,16 @@
 """Memory of a process under a layout, term by term.
 
-Parameters, gradients and optimizer state are exact for this project's own program: FSDP2 cuts each parameter's rows into
-ceil(rows / processes) pieces, tensor parallelism as `parallel.tensor` places them, and the pipeline as its stages say.
+Weights, gradients and optimizer state are exact for this project's own program (see `parallel.planner.pieces`).
 Activations are those that autograd keeps: inputs of products, of attention, of norms and of activation functions
 (Korthikanti et al. 2022, arXiv:2205.05198, section 4, per kind of matrix instead of per model).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from math import ceil
 
 from parallel.planner.gpus import GIB
-from parallel.planner.layout import Layout, Program, in_flight, local
-from parallel.planner.shape import LayerShape, ModelShape, Parameter
+from parallel.planner.layout import Layout, Part, Setting, in_flight, local
+from parallel.planner.pieces import Held, degrees_of, held, held_by, held_ends
+from parallel.planner.shape import LayerShape
 
 # What a process takes beside tensors: the CUDA context with its loaded kernels, cuBLAS workspaces; buffers of NCCL for
 # each communicator (default NCCL_BUFFSIZE of 4 MiB a channel, 16 to 32 channels, send and receive); and the part of the
@@ -36,173 +34,142 @@ class Memory:
         return self.total - self.terms["context and NCCL"] - self.terms["fragmentation"]
 
 
-def held_elements(parameters: Iterable[Parameter], shape: ModelShape, layout: Layout) -> tuple[float, float]:
-    """(plain, expert) elements of these parameters on one process before sharding over data: after tp and ep."""
-    plain = experts = 0.0
-    for p in parameters:
-        if p.experts:
-            experts += p.elements / layout.ep / (layout.tp if p.style in ("column", "row") else 1)
-        else:
-            plain += p.elements / tensor_share(p, shape, layout.tp)
-    return plain, experts
-
-
-def tensor_share(parameter: Parameter, shape: ModelShape, tp: int) -> int:
-    """Processes over which tensor parallelism cuts a parameter; 1 where each has all of it."""
-    style = parameter.style
-    if style == "row":
-        return tp if len(parameter.shape) > 1 else 1
-    if style == "key_value":
-        return tp if shape.kv_heads % tp == 0 else 1
-    return tp if style in ("column", "vocabulary", "head", "width_norm") else 1
-
-
-def piece(rows: int, pieces: int, index: int) -> int:
-    """Rows of piece `index` when `rows` are cut as torch.chunk does."""
-    each = ceil(rows / pieces)
-    return max(0, min(each, rows - index * each))
-
-
-def local_elements(parameter: Parameter, shape: ModelShape, layout: Layout, tp_rank: int, shard_rank: int) -> int:
-    """Exactly the elements that process (tp_rank, shard_rank) holds under this project's program."""
-    dims, tp = list(parameter.shape), tensor_share(parameter, shape, layout.tp)
-    cut = 1 if parameter.style == "row" else 0
-    rows = dims[0]
-    if tp > 1:
-        dims[cut] = piece(dims[cut], tp, tp_rank)
-    uneven = tp > 1 and cut == 0 and rows % (tp * layout.shards)
-    where = 1 if uneven and len(dims) > 1 and dims[1] % layout.shards == 0 else 0
-    dims[where] = piece(dims[where], layout.shards, shard_rank)
-    total = 1
-    for dim in dims:
-        total *= dim
-    return total
-
-
-def stage_parameters(shape: ModelShape, layers: Iterable[int], first: bool, last: bool) -> list[Parameter]:
-    """Parameters of a pipeline stage; a tied head on another process than the embedding is a parameter of its own."""
-    found = [p for layer in layers for p in shape.layers[layer].parameters]
-    found += shape.first if first else ()
-    found += (p for p in shape.last if not (first and shape.tied and p.style == "head")) if last else ()
-    return found
-
-
-def activation_bytes(layer: LayerShape, hidden: int, layout: Layout, program: Program, recompute: str) -> float:
+def activation_bytes(layer: LayerShape, setting: Setting, recompute: str) -> float:
     """Bytes a token of this process's sequence part that a layer keeps for backward."""
-    stream = hidden / (layout.tp if program.sequence else 1)
-    width = program.saved
+    layout, program, stream = setting.layout, setting.program, setting.stream
     if recompute == "full":
         return stream * program.residual
-    norms = layer.norms * stream * program.residual * (1 if program.layers_compiled or program.residual == 2 else 2)
-    inputs = outputs = attention = activated = products = 0.0
+    values = layer.heads * layer.v_dim / layout.tp
+    log_sums = 4.0 * layer.heads / layout.tp
+    inputs, outputs, activated = _product_elements(layer, setting)
+    if recompute == "selective" and not program.attention_again:
+        row_outputs = stream * sum(1 for m in layer.matrices if m.style == "row")
+        kept = (outputs + row_outputs) * (1 - program.matmul_share)
+        return stream * program.residual + program.saved * (kept + values) + log_sums
+    norms = layer.norms * stream * program.residual * (1 if program.compiled or program.residual == 2 else 2)
+    if program.compute in ("fp8", "fp4") and program.keeps_narrow:
+        inputs *= 0.5
+    products = inputs + outputs + (0.0 if program.compiled else activated)
+    masks = 2.0 * stream if program.dropout else 0.0
+    if recompute == "selective":  # attention only
+        return norms + program.saved * (products - values) + masks
+    return norms + program.saved * products + log_sums + masks
+
+
+def _product_elements(layer: LayerShape, setting: Setting) -> tuple[float, float, float]:
+    """Elements a token that enter products, that leave those of which more is made, and that an activation function
+    makes of them (which compiled code makes again)."""
+    layout = setting.layout
+    inputs = outputs = activated = 0.0
     seen: set[str] = set()
-    feeds: dict[str, float] = {}
     for m in layer.matrices:
         inner, columns = local(m, layout, layer)
         if m.style == "row":
             inputs += inner * m.active
             continue
         if m.group not in seen:
-            inputs += (stream if program.regather or m.copies > 1 else hidden) * m.active
+            inputs += (setting.stream if setting.program.regather or m.copies > 1 else setting.shape.hidden) * m.active
         elif not m.group.endswith("attention"):
-            feeds[m.group] = feeds.get(m.group, 0.0) + inner * 0 + columns * m.active
+            activated += columns * m.active
         seen.add(m.group)
         outputs += columns * m.active
-    if layer.heads:
-        attention = 4.0 * layer.heads / layout.tp  # log-sum-exp
-        if not program.flash:
-            attention += 5.0 * layer.heads / layout.tp * 1.0 * 0
-    if not program.layers_compiled:
-        activated = sum(feeds.values())  # silu(gate), which eager autograd keeps beside gate
-    if recompute == "selective" and not program.attention_again:
-        row_outputs = stream * sum(1 for m in layer.matrices if m.style == "row")
-        kept = outputs * (1 - program.matmul_share) + row_outputs * (1 - program.matmul_share)
-        values = layer.heads * layer.v_dim / layout.tp
-        return stream * program.residual + width * (kept + values) + attention
-    narrow = 0.5 if program.compute != "bf16" and program.keeps_narrow else 1.0  # inputs of products, in 8 bits
-    products = inputs * narrow + outputs + activated
-    if recompute == "selective":
-        products -= layer.heads * layer.v_dim / layout.tp
-        attention = 0.0
-    masks = (2.0 * stream + 0.0) if program.dropout else 0.0
-    return norms + width * products + attention + masks
+    return inputs, outputs, activated
 
 
-def plain_score_bytes(layer: LayerShape, layout: Layout, seq_len: int, program: Program) -> float:
+def score_bytes(layer: LayerShape, setting: Setting) -> float:
     """Bytes a token of attention scores that are kept where attention is not fused: softmax, its dropout and mask."""
-    return 0.0 if program.flash else 5.0 * layer.heads / layout.tp * seq_len
+    return 0.0 if setting.program.flash else 5.0 * layer.heads / setting.layout.tp * setting.shape.seq_len
 
 
-def plan_memory(
-    shape: ModelShape, layout: Layout, program: Program, microbatches: int, stages: list[list[int]]
-) -> Memory:
-    """The fullest process's terms. stages: for each pipeline process, how many layers of each kind it has."""
-    found = [
-        _process(shape, layout, program, microbatches, counts, rank, len(stages)) for rank, counts in enumerate(stages)
-    ]
+def plan_memory(setting: Setting) -> Memory:
+    """The fullest process's terms."""
+    # Of processes with equal parts the first has most micro-batches in flight.
+    first_of: dict[Part, int] = {}
+    for rank, part in enumerate(setting.parts):
+        first_of.setdefault(part, rank)
+    found = [_process(setting, part, rank) for part, rank in first_of.items()]
     return max(found, key=lambda memory: memory.total)
 
 
-def _process(
-    shape: ModelShape, layout: Layout, program: Program, microbatches: int, counts: list[int], rank: int, pp: int
-) -> Memory:
-    first, last = rank == 0, rank == pp - 1
-    blocks = [held_elements(layer.parameters, shape, layout) for layer in shape.layer_kinds]
-    ends = sum(sum(held_elements([p], shape, layout)) for p in stage_parameters(shape, (), first, last))
-    whole = sum(n * sum(b) for n, b in zip(counts, blocks, strict=True)) + ends
-    expert = sum(n * b[1] for n, b in zip(counts, blocks, strict=True))
-    shards, expert_shards = layout.shards, max(1, layout.shards // layout.ep)
-    cut = (whole - expert) / shards + expert / expert_shards
-    weights = cut if program.sharded == "all" else whole
-    gradients = cut if program.sharded in ("all", "gradients") else whole
-    states = whole if program.sharded == "none" else cut
-    terms = {
-        "weights": weights * program.weight,
-        "gradients": gradients * program.gradient,
-        "optimizer": states * program.state,
-    }
-    tokens = layout.micro_batch * shape.seq_len / layout.cp
-    flying = in_flight(layout, microbatches)
-    if layout.pp > 1 and layout.chunks == 1 and layout.schedule.lower() == "1f1b":
-        flying = min(pp - rank, microbatches)
-    kept, largest = 0.0, 0.0
-    for count, layer in zip(counts, shape.layer_kinds, strict=True):
-        plain = plain_score_bytes(layer, layout, shape.seq_len, program)
-        none = activation_bytes(layer, shape.hidden, layout, program, "none") + plain
-        share = 1 / layout.recompute_every if layout.recompute != "none" else 0.0
-        again = activation_bytes(layer, shape.hidden, layout, program, layout.recompute)
-        kept += count * (share * again + (1 - share) * none)
-        # While a layer goes backward its own activations exist, and gradients of the widest of them.
-        wide = max((local(m, layout, layer)[1] * m.active for m in layer.matrices), default=0.0)
-        work = (none if layout.recompute != "none" else 0.0) + 2 * program.saved * wide + 2 * plain
-        largest = max(largest, work)
-    terms["activations"] = kept * tokens * flying
-    terms["recomputed layer"] = largest * tokens
-    if last:
-        terms["logits"] = _logits(shape, layout, program, tokens)
+def _process(setting: Setting, part: Part, rank: int) -> Memory:
+    program, layout = setting.program, setting.layout
+    everything, ends = held_by(setting, part), held_ends(setting, part)
+    terms = _states(everything, setting)
+    terms |= _activations(setting, part, _in_flight(layout, setting.microbatches, rank))
+    if part.last:
+        terms["logits"] = _logits(setting)
     if program.sharded == "all":
-        biggest = max(sum(b) for b in blocks)
-        gathered = 2 * biggest * program.gathered + biggest * (program.gathered + program.reduced)
-        if layout.keep:
-            gathered = (whole - ends) * program.gathered + biggest * (program.gathered + program.reduced)
-        if shards == 1:
-            gathered = (whole - ends) * program.gathered if program.gathered < program.weight else 0.0
-        terms["gathered parameters"] = gathered
-        terms["embedding and head"] = 0.0 if shards == 1 else 2 * ends * program.ends
-    groups = sum(1 for degree in (layout.pp, layout.shards, layout.dp_replicate, layout.tp, layout.cp) if degree > 1)
-    if program.sharded == "all" and program.once:  # summed over micro-batches before they travel
-        terms["gathered gradients"] = whole * program.gradient
+        terms |= _gathered(setting, part, everything, ends)
     terms["communication buffers"] = program.buckets
-    terms["context and NCCL"] = CONTEXT + COMMUNICATOR * (1 + groups)
+    degrees = (layout.pp, layout.shards, layout.dp_replicate, layout.tp, layout.cp)
+    terms["context and NCCL"] = CONTEXT + COMMUNICATOR * (1 + sum(degree > 1 for degree in degrees))
     terms["fragmentation"] = FRAGMENTATION * sum(terms.values())
     return Memory(terms)
 
 
-def _logits(shape: ModelShape, layout: Layout, program: Program, tokens: float) -> float:
-    """Logits in 16 bits, in fp32, and the gradient; in chunks, the hidden states' and the head's gradient beside them."""
+def _states(everything: Held, setting: Setting) -> dict[str, float]:
+    program, shards = setting.program, setting.layout.shards
+    whole, cut = everything.whole, everything.cut
+    if program.sharded == "none":
+        cut = whole
+    elif program.sharded != "all":  # one flat buffer, cut evenly
+        cut = (whole - everything.experts) / shards + everything.experts / max(1, shards // setting.layout.ep)
+    optimizer = cut * program.state
+    if program.matrix_state:
+        optimizer += everything.matrices * (program.matrix_state - program.state)
+    return {
+        "weights": program.weight * (cut if program.sharded == "all" else whole),
+        "gradients": program.gradient * (cut if program.sharded in ("all", "gradients") else whole),
+        "optimizer": optimizer,
+    }
+
+
+def _in_flight(layout: Layout, microbatches: int, rank: int) -> float:
+    if layout.pp > 1 and layout.chunks == 1 and layout.schedule.lower() == "1f1b":
+        return min(layout.pp - rank, microbatches)
+    return in_flight(layout, microbatches)
+
+
+def _activations(setting: Setting, part: Part, flying: float) -> dict[str, float]:
+    layout, saved = setting.layout, setting.program.saved
+    share = 1 / layout.recompute_every if layout.recompute != "none" else 0.0
+    kept = largest = 0.0
+    for count, layer in zip(part.layers, setting.shape.layer_kinds, strict=True):
+        scores = score_bytes(layer, setting)
+        none = activation_bytes(layer, setting, "none") + scores
+        kept += count * (share * activation_bytes(layer, setting, layout.recompute) + (1 - share) * none)
+        # While a layer goes backward its own activations exist, and gradients of the widest of them.
+        wide = max((local(m, layout, layer)[1] * m.active for m in layer.matrices), default=0.0)
+        largest = max(largest, (none if layout.recompute != "none" else 0.0) + 2 * saved * wide + 2 * scores)
+    return {"activations": kept * setting.tokens * flying, "recomputed layer": largest * setting.tokens}
+
+
+def _gathered(setting: Setting, part: Part, everything: Held, ends: Held) -> dict[str, float]:
+    """FSDP: whole parameters of the layers at work, gradients on their way, embedding and head."""
+    layout, program = setting.layout, setting.program
+    kinds = zip(part.layers, setting.shape.layer_kinds, strict=True)
+    biggest = max(held(layer.parameters, degrees_of(setting), True).whole for count, layer in kinds if count)
+    blocks = everything.whole - ends.whole
+    if layout.shards == 1:
+        gathered = blocks * program.gathered if program.gathered < program.weight else 0.0
+    elif layout.keep:
+        gathered = blocks * program.gathered + biggest * (program.gathered + program.reduced)
+    else:
+        gathered = biggest * (3 * program.gathered + program.reduced)
+    found = {
+        "gathered parameters": gathered,
+        "embedding and head": 0.0 if layout.shards == 1 else 2 * ends.whole * program.ends,
+    }
+    if program.once:  # summed over micro-batches before they travel
+        found["gathered gradients"] = everything.whole * program.gradient
+    return found
+
+
+def _logits(setting: Setting) -> float:
+    """Logits in 16 bits, in fp32, and the gradient. In chunks, the gradients of hidden states and head beside them."""
+    shape, layout, program = setting.shape, setting.layout, setting.program
     columns = shape.vocab / layout.tp
-    if program.chunk:
-        rows = min(tokens, program.chunk)
-        gradients = tokens * shape.hidden / layout.tp * 4 + shape.hidden * columns * (program.gradient + 2)
-        return rows * columns * 12.0 + gradients
-    return tokens * columns * program.logits
+    if not program.chunk:
+        return setting.tokens * columns * program.logits
+    gradients = setting.tokens * shape.hidden / layout.tp * 4 + shape.hidden * columns * (program.gradient + 2)
+    return min(setting.tokens, program.chunk) * columns * 12.0 + gradients

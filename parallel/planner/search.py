@@ -1,173 +1,192 @@
 """All layouts that a model can have on N GPUs, and the fastest of those that fit."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from parallel.context import check_context
 from parallel.pipeline_cut import V_SHAPED
 from parallel.plan import Plan
-from parallel.planner.gpus import KERNELS, Gpu, Kernels
-from parallel.planner.layout import Layout, Program
-from parallel.planner.memory import Memory, plan_memory, tensor_share
-from parallel.planner.shape import ModelShape
+from parallel.planner.gpus import Gpu
+from parallel.planner.layout import Layout, Part, Program, Setting
+from parallel.planner.memory import Memory, plan_memory
+from parallel.planner.pieces import layout_degrees, shard_dim
+from parallel.planner.shape import ModelShape, Parameter
 from parallel.planner.step import Step, simulate
 from parallel.tensor import check_tensor
 
 MARGIN = 0.95  # of a GPU's memory that a plan may fill: predictions of memory are off by about as much
+CLOSE = 1.02  # layouts whose steps are no longer than this share of the fastest's are told apart by how simple they are
 MAX_TP, MAX_CP = 16, 16
 MIN_TOKENS = 1024  # of a sequence on a process, below which cutting it further cannot pay
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 POLICIES = ("none", "selective", "full")
 
-Stages = Callable[[Layout], list[list[int]]]
+# Layout -> what each process of its pipeline has; nothing where the model cannot be cut so.
+Cut = Callable[[Layout], tuple[Part, ...]]
 
 
 @dataclass(frozen=True)
 class Planned:
     """A layout with what it needs and how fast it is."""
 
-    layout: Layout
-    microbatches: int
+    setting: Setting
     memory: Memory
     step: Step
 
-    def fits(self, gpu: Gpu) -> bool:
-        return self.memory.total <= MARGIN * gpu.memory
+    @property
+    def layout(self) -> Layout:
+        return self.setting.layout
 
 
-def own_program(layout: Layout, program: Program) -> Program:
-    """This project's program under a layout: in a pipeline parameters stay gathered and gradients travel once a step."""
-    return replace(program, once=layout.pp > 1)
+@dataclass(frozen=True)
+class Space:
+    """What is searched. pinned: fields of `Layout` that are not varied. cp_methods: those that the model can have."""
+
+    shape: ModelShape
+    plan: Plan
+    gpus: int
+    gpu: Gpu
+    global_batch: int
+    pinned: dict[str, Any]
+    cp_methods: tuple[Literal["ulysses", "ring"], ...] = ("ulysses", "ring")
+
+    def choices(self, name: str, values: Iterable[Any]) -> list[Any]:
+        return [self.pinned[name]] if name in self.pinned else list(values)
+
+    def layouts(self) -> Iterator[Layout]:
+        """All that are legal; pipelines may still be refused when stages are cut."""
+        fixed = {name: self.pinned[name] for name in ("recompute_every", "expert_tp") if name in self.pinned}
+        for tp, cp in product(
+            self.choices("tp", (d for d in divisors(self.gpus) if d <= min(MAX_TP, self.gpu.domain))),
+            self.choices(
+                "cp", (d for d in divisors(self.gpus) if d <= MAX_CP and self.shape.seq_len // d >= MIN_TOKENS)
+            ),
+        ):
+            for method in self.choices("cp_method", self.cp_methods if cp > 1 else self.cp_methods[:1]):
+                if not self._shareable(tp, cp, method):
+                    continue
+                for pp in self.choices("pp", (d for d in divisors(self.gpus) if d <= len(self.shape.layers))):
+                    if self.gpus % (pp * tp * cp) == 0 and pp <= len(self.shape.layers):
+                        yield from self._over_data(Layout(pp=pp, cp=cp, tp=tp, cp_method=method, **fixed))
+
+    def _shareable(self, tp: int, cp: int, method: Literal["ulysses", "ring"]) -> bool:
+        """Whether heads and sequence can be cut so."""
+        try:
+            check_tensor(self.plan, tp, self.shape.seq_len // cp)
+            check_context(self.shape.seq_len, cp, method, self.plan.heads, tp)
+        except ValueError:
+            return False
+        return True
+
+    def _over_data(self, base: Layout) -> Iterator[Layout]:
+        """With all ways to share data and experts, micro-batches, schedules and recomputation."""
+        data = self.gpus // (base.pp * base.tp * base.cp)
+        if self.global_batch % data:
+            return
+        domain = max(1, self.gpu.domain // (base.tp * base.cp))
+        some = (d for d in divisors(data) if d == data or d % domain == 0 or domain % d == 0)
+        for dp_shard in self.choices("dp_shard", some):
+            if dp_shard < 1 or data % dp_shard:
+                continue
+            for dp_replicate in self.choices("dp_replicate", (data // dp_shard,)):
+                if dp_shard * dp_replicate == data:
+                    for ep in self.choices("ep", self._expert_degrees(dp_shard * base.cp)):
+                        layout = replace(base, dp_shard=dp_shard, dp_replicate=dp_replicate, ep=ep)
+                        if layout.shards % ep == 0 and self._even(layout):
+                            yield from self._in_time(layout)
+
+    def _expert_degrees(self, shards: int) -> list[int]:
+        return [d for d in divisors(self.plan.experts or 1) if shards % d == 0]
+
+    def _even(self, layout: Layout) -> bool:
+        """Whether FSDP takes what other axes leave of each parameter."""
+        if layout.shards == 1 or (layout.tp == 1 and layout.ep == 1):
+            return True
+        degrees = layout_degrees(layout, self.shape.kv_heads)
+        return all(shard_dim(parameter, degrees) is not None for parameter in self._parameters())
+
+    def _parameters(self) -> Iterator[Parameter]:
+        for layer in self.shape.layer_kinds:
+            yield from layer.parameters
+        yield from (*self.shape.first, *self.shape.last)
+
+    def _in_time(self, layout: Layout) -> Iterator[Layout]:
+        sizes = (size for size in MICRO_BATCHES if self.global_batch % (size * layout.data) == 0)
+        for micro_batch in self.choices("micro_batch", sizes):
+            count, rest = divmod(self.global_batch, layout.data * micro_batch)
+            if rest or count < 1:
+                continue
+            for schedule, chunks in self._schedules(layout, count):
+                for recompute in self.choices("recompute", POLICIES):
+                    for keep in self.choices("keep", (False, True)):
+                        # In a pipeline parameters stay gathered; where nothing is gathered there is nothing to keep.
+                        if keep != (layout.pp > 1) and (layout.pp > 1 or layout.shards == 1):
+                            continue
+                        times = {"micro_batch": micro_batch, "schedule": schedule, "chunks": chunks}
+                        yield replace(layout, **times, recompute=recompute, keep=keep)
+
+    def _schedules(self, layout: Layout, microbatches: int) -> Iterator[tuple[str, int]]:
+        """Schedules and how many stages of each a process has."""
+        if layout.pp == 1:
+            yield "1f1b", 1
+            return
+        deepest = len(self.shape.layers) // layout.pp
+        for schedule in self.choices("schedule", ("1f1b", "interleaved1f1b")):
+            several: tuple[int, ...] = (1,)
+            if schedule in V_SHAPED or schedule in ("interleavedzerobubble", "loopedbfs"):
+                several = (2,)
+            elif schedule == "interleaved1f1b":
+                several = (2, 4)
+            for chunks in self.choices("chunks", several):
+                rounds = max(1, microbatches // layout.pp)
+                if chunks <= deepest and microbatches >= layout.pp and (chunks == 1 or microbatches % rounds == 0):
+                    yield schedule, chunks
 
 
 def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def legal_layouts(
-    shape: ModelShape, plan: Plan, gpus: int, gpu: Gpu, global_batch: int, pinned: dict[str, Any]
-) -> Iterator[Layout]:
-    """pinned: fields of `Layout` that are not to be varied; `micro_batch` and `recompute` among them."""
-
-    def choices(name: str, values: Iterable[Any]) -> list[Any]:
-        return [pinned[name]] if name in pinned else list(values)
-
-    for tp in choices("tp", (d for d in divisors(gpus) if d <= min(MAX_TP, gpu.domain))):
-        for cp in choices("cp", (d for d in divisors(gpus) if d <= MAX_CP and shape.seq_len // d >= MIN_TOKENS)):
-            for method in choices("cp_method", ("ulysses", "ring") if cp > 1 else ("ulysses",)):
-                if _whole(shape, plan, tp, cp, method):
-                    for pp in choices("pp", (d for d in divisors(gpus) if d <= len(shape.layers))):
-                        if gpus % (pp * tp * cp) == 0 and pp <= len(shape.layers):
-                            base = Layout(pp=pp, cp=cp, tp=tp, cp_method=method)
-                            yield from _over_data(base, shape, gpus // (pp * tp * cp), gpu, global_batch, choices)
+def own_program(layout: Layout, program: Program) -> Program:
+    """This project's program under a layout: in a pipeline gradients travel once a step."""
+    return replace(program, once=layout.pp > 1)
 
 
-def _over_data(
-    base: Layout, shape: ModelShape, data: int, gpu: Gpu, global_batch: int, choices: Callable[..., list[Any]]
-) -> Iterator[Layout]:
-    if global_batch % data:
-        return
-    a_domain = max(1, gpu.domain // (base.tp * base.cp))
-    for dp_shard in choices("dp_shard", (d for d in divisors(data) if d == data or d % a_domain == 0 or d == a_domain)):
-        if dp_shard < 1 or data % dp_shard:
-            continue
-        for dp_replicate in choices("dp_replicate", (data // dp_shard,)):
-            layout = replace(base, dp_shard=dp_shard, dp_replicate=dp_replicate)
-            if dp_shard * dp_replicate != data or not _even(shape, layout):
-                continue
-            sizes = (m for m in MICRO_BATCHES if m * data <= global_batch and global_batch % (m * data) == 0)
-            for micro in choices("micro_batch", sizes):
-                if global_batch % (micro * data):
-                    continue
-                for schedule, chunks in _schedules(layout, shape, global_batch // (data * micro), choices):
-                    for recompute, keep in product(choices("recompute", POLICIES), choices("keep", (False, True))):
-                        if (layout.pp > 1 and not keep) or (layout.pp == 1 and keep and layout.shards == 1):
-                            continue
-                        yield replace(
-                            layout, micro_batch=micro, schedule=schedule, chunks=chunks, recompute=recompute, keep=keep
-                        )
-
-
-def _schedules(layout: Layout, shape: ModelShape, microbatches: int, choices: Any) -> Iterator[tuple[str, int]]:
-    if layout.pp == 1:
-        yield "1f1b", 1
-        return
-    for schedule in choices("schedule", ("1f1b", "interleaved1f1b")):
-        deepest = len(shape.layers) // layout.pp
-        several = (d for d in (2, 4) if d <= deepest) if schedule == "interleaved1f1b" else (1,)
-        if schedule in V_SHAPED or schedule in ("interleavedzerobubble", "loopedbfs"):
-            several = iter((2,) if deepest >= 2 else ())
-        for chunks in choices("chunks", several):
-            rounds = max(1, microbatches // layout.pp)
-            if microbatches >= layout.pp and (chunks == 1 or microbatches % rounds == 0):
-                yield schedule, chunks
-
-
-def _whole(shape: ModelShape, plan: Plan, tp: int, cp: int, method: str) -> bool:
-    """Whether heads and sequence can be cut so."""
-    try:
-        check_tensor(plan, tp, shape.seq_len // cp)
-        check_context(shape.seq_len, cp, method, plan.heads, tp)
-    except ValueError:
-        return False
-    return True
-
-
-def _even(shape: ModelShape, layout: Layout) -> bool:
-    """FSDP cuts rows that tensor parallelism has cut only evenly, else columns (see `parallel.fsdp`)."""
-    if layout.tp == 1 or layout.shards == 1:
-        return True
-    parameters = [p for layer in shape.layer_kinds for p in layer.parameters] + [*shape.first, *shape.last]
-    for p in parameters:
-        cut_rows = p.style != "row" and tensor_share(p, shape, layout.tp) > 1
-        if cut_rows and p.shape[0] % (layout.tp * layout.shards) and (len(p.shape) < 2 or p.shape[1] % layout.shards):
-            return False
-    return True
-
-
-def evaluate(
-    shape: ModelShape,
-    layout: Layout,
-    program: Program,
-    gpu: Gpu,
-    global_batch: int,
-    stages: Stages,
-    kernels: Kernels = KERNELS,
-) -> Planned:
-    """Memory and time of one layout."""
-    program, cut = own_program(layout, program), stages(layout)
-    count = global_batch // (layout.data * layout.micro_batch)
-    memory = plan_memory(shape, layout, program, count, cut)
-    return Planned(layout, count, memory, simulate(shape, layout, program, gpu, global_batch, cut, kernels))
-
-
-def _order(planned: Planned) -> tuple[float, int, float]:
-    """Fastest first; what differs by less than the model can tell, half a percent, by how few axes it has."""
-    layout = planned.layout
-    axes = sum(d > 1 for d in (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp))
-    return round(math.log(planned.step.seconds) / 0.005), axes, planned.step.seconds
-
-
-def search(
-    shape: ModelShape, layouts: Iterable[Layout], program: Program, gpu: Gpu, global_batch: int, stages: Stages
-) -> tuple[list[Planned], Planned | None]:
-    """The fastest variant of each set of degrees that fits, fastest first; and the one that needs least memory."""
+def search(space: Space, program: Program, cut: Cut) -> tuple[list[Planned], Planned | None]:
+    """The fastest variant of each set of degrees that fits, best first; and the one that needs least memory, None where
+    no layout is legal."""
     best: dict[tuple[int, ...], Planned] = {}
-    smallest: tuple[float, Layout] | None = None
-    for layout in layouts:
-        own, cut = own_program(layout, program), stages(layout)
-        count = global_batch // (layout.data * layout.micro_batch)
-        memory = plan_memory(shape, layout, own, count, cut)
-        if smallest is None or memory.total < smallest[0]:
-            smallest = memory.total, layout
-        if memory.total > MARGIN * gpu.memory:
+    smallest: tuple[float, Setting] | None = None
+    for layout in space.layouts():
+        parts = cut(layout)
+        if not parts:
             continue
-        planned = Planned(layout, count, memory, simulate(shape, layout, own, gpu, global_batch, cut))
-        degrees = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
+        own = own_program(layout, program)
+        setting = Setting(space.shape, layout, own, space.gpu, space.global_batch, parts)
+        memory = plan_memory(setting)
+        if smallest is None or memory.total < smallest[0]:
+            smallest = memory.total, setting
+        if memory.total > MARGIN * space.gpu.memory:
+            continue
+        planned = Planned(setting, memory, simulate(setting))
+        degrees = (layout.pp, layout.cp, layout.tp, layout.ep)
         if degrees not in best or planned.step.seconds < best[degrees].step.seconds:
             best[degrees] = planned
-    found = sorted(best.values(), key=_order)
-    return found, evaluate(shape, smallest[1], program, gpu, global_batch, stages) if smallest else None
+    least = None if smallest is None else Planned(smallest[1], plan_memory(smallest[1]), simulate(smallest[1]))
+    return in_order(list(best.values())), least
+
+
+def in_order(found: list[Planned]) -> list[Planned]:
+    """Fastest first; but those that are about as fast as the fastest come in the order of how few axes they have."""
+    if not found:
+        return []
+    limit = CLOSE * min(planned.step.seconds for planned in found)
+
+    def order(planned: Planned) -> tuple[bool, int, float]:
+        layout, close = planned.layout, planned.step.seconds <= limit
+        axes = sum(d > 1 for d in (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp, layout.ep))
+        return not close, axes if close else 0, planned.step.seconds
+
+    return sorted(found, key=order)

@@ -1,23 +1,24 @@
 """A model as the planner sees it: matrices, attention and parameters of each layer, read from the model itself."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
 from torch import nn
 
+from parallel.pipeline_cut import attention_flops
 from parallel.plan import Plan, Style, match_modules, styles_of
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """style: how tensor parallelism cuts it, "whole" where nothing does. experts: the first dim counts experts, which
-    expert parallelism cuts. Names are those of the model."""
+    """style: of its module in the plan. experts: the first dim counts experts, which expert parallelism cuts. Names are
+    those of the model."""
 
     name: str
     shape: tuple[int, ...]
-    style: Style | str = "sequence"
+    style: Style = "sequence"
     experts: bool = False
 
     @property
@@ -32,7 +33,7 @@ class Matrix:
 
     inputs: int
     outputs: int
-    style: Style | str
+    style: Style
     group: str = ""
     active: int = 1
     copies: int = 1
@@ -55,7 +56,7 @@ class LayerShape:
     top_k: int = 0
 
     @property
-    def kind(self) -> tuple:
+    def kind(self) -> tuple[object, ...]:
         """Equal for layers that cost the same."""
         return self.matrices, self.norms, self.heads, self.scores, self.experts, tuple(p.shape for p in self.parameters)
 
@@ -82,7 +83,7 @@ class ModelShape:
     @cached_property
     def kind_of(self) -> tuple[int, ...]:
         """Which of `layer_kinds` each layer is like."""
-        found: dict[tuple, int] = {}
+        found: dict[tuple[object, ...], int] = {}
         return tuple(found.setdefault(layer.kind, len(found)) for layer in self.layers)
 
     @cached_property
@@ -109,76 +110,78 @@ class ModelShape:
         return 6.0 * self.hidden * self.vocab + sum(layer.matrix_flops + layer.scores for layer in self.layers)
 
 
-def read_shape(model: nn.Module, plan: Plan, seq_len: int, scores: float | None = None) -> ModelShape:
-    """From a model (whole, on meta) and its plan. scores: attention FLOPs a token of all layers together, where the
-    config knows better (windows); None: causal over the whole sequence.
+def read_shape(model: nn.Module, plan: Plan, seq_len: int, scores: float | None = None, top_k: int = 0) -> ModelShape:
+    """From a model (whole, on meta) and its plan.
+
+    scores: attention FLOPs a token of all layers together, where the config knows better (windows); None: causal over
+    the whole sequence. top_k: experts a token goes to.
     """
     styles = styles_of(model, plan)
     blocks = match_modules(model, plan.blocks)
-    full = [6.0 * seq_len * _attention_width(block, plan) for block in blocks.values()]
+    full = [attention_flops(block, plan, seq_len) for block in blocks.values()]
     scale = 1.0 if scores is None or not sum(full) else scores / sum(full)
     layers = tuple(
-        _read_layer(name, block, plan, styles, flops * scale)
+        _read_layer(name, block, plan, styles, flops * scale, top_k)
         for (name, block), flops in zip(blocks.items(), full, strict=True)
     )
-    ends = {}
-    for which, names in (("first", plan.first), ("last", plan.last)):
-        ends[which] = tuple(
-            Parameter(f"{name}.{key}", tuple(value.shape), styles.get(_owner(name, key), "sequence"))
-            for name in names
-            if isinstance(module := getattr(model, name, None), nn.Module)
-            for key, value in module.named_parameters()
-        )
-    vocab = next((p.shape[0] for p in ends["last"] if p.style == "head"), 0)
-    return ModelShape(
-        layers,
-        ends["first"],
-        ends["last"],
-        plan.hidden,
-        vocab,
-        seq_len,
-        plan.heads,
-        plan.kv_heads,
-        bool(plan.tied),
-    )
+    first, last = (tuple(_read_ends(model, names, styles)) for names in (plan.first, plan.last))
+    vocab = next((p.shape[0] for p in last if p.style == "head"), 0)
+    # A tied head is the embedding under another name, which torch lists once.
+    tied = bool(plan.tied)
+    return ModelShape(layers, first, last, plan.hidden, vocab, seq_len, plan.heads, plan.kv_heads, tied)
 
 
-def _read_layer(name: str, block: nn.Module, plan: Plan, styles: dict[str, Style], scores: float) -> LayerShape:
-    parameters, matrices, row_inputs, norms = [], [], [], 0
+def _read_ends(model: nn.Module, names: tuple[str, ...], styles: dict[str, Style]) -> Iterator[Parameter]:
+    for name in names:
+        module = getattr(model, name, None)
+        for key, value in module.named_parameters() if isinstance(module, nn.Module) else ():
+            inner = key.rpartition(".")[0]
+            yield Parameter(f"{name}.{key}", tuple(value.shape), styles[f"{name}.{inner}" if inner else name])
+
+
+def _read_layer(
+    name: str, block: nn.Module, plan: Plan, styles: dict[str, Style], scores: float, top_k: int
+) -> LayerShape:
+    parameters: list[Parameter] = []
+    matrices: list[Matrix] = []
+    norms = experts = head_dim = 0
     owners = {core.rpartition(".")[0] for core in _cores(block, plan)}
     for inner, module in block.named_modules():
         style = styles.get(f"{name}.{inner}" if inner else name, "sequence")
-        for key, value in module.named_parameters(recurse=False):
-            parameters.append(Parameter(f"{name}.{inner}.{key}", tuple(value.shape), style))
+        own = [(key, tuple(value.shape)) for key, value in module.named_parameters(recurse=False)]
+        parameters += (Parameter(f"{name}.{inner}.{key}", dims, style, style == "experts") for key, dims in own)
+        owner = inner.rpartition(".")[0]
         if isinstance(module, nn.Linear):
-            owner = inner.rpartition(".")[0]
-            group = inner if style == "row" else owner
-            matrices.append(Matrix(module.in_features, module.out_features, style, group))
+            matrices.append(Matrix(module.in_features, module.out_features, style, inner if style == "row" else owner))
             if style == "row" and owner in owners:
-                row_inputs.append(module.in_features)
-        elif style == "sequence" and any(True for _ in module.parameters(recurse=False)):
+                head_dim = module.in_features // plan.heads
+        elif style == "experts":
+            experts = plan.experts
+            matrices += _read_experts([dims for _, dims in own if len(dims) == 3], inner, top_k)
+        elif style == "sequence" and own:
             norms += 1
-    head_dim = row_inputs[0] // plan.heads if row_inputs else 0
+    heads, kv_heads = (plan.heads, plan.kv_heads) if head_dim else (0, 0)
     return LayerShape(
-        tuple(parameters), tuple(matrices), norms, plan.heads, plan.kv_heads, head_dim, head_dim, scores
+        tuple(parameters),
+        tuple(matrices),
+        norms,
+        heads,
+        kv_heads,
+        head_dim,
+        head_dim,
+        scores,
+        experts,
+        top_k if experts else 0,
     )
 
 
-def _attention_width(block: nn.Module, plan: Plan) -> int:
-    """Heads x width of a head, over all attention cores of a block: what the row-cut projection beside each takes in."""
-    width, below = 0, plan.blocks.count(".") + 1
-    owners = {core.rpartition(".")[0] for core in _cores(block, plan)}
-    for pattern, style in plan.tensor.items():
-        inside = ".".join(pattern.split(".")[below:])
-        if style == "row" and inside.rpartition(".")[0] in owners:
-            width += sum(m.in_features for m in match_modules(block, inside).values() if isinstance(m, nn.Linear))
-    return width
+def _read_experts(stacked: list[tuple[int, ...]], name: str, top_k: int) -> Iterator[Matrix]:
+    """Of weights [experts, out, in]: the last one gives the width back, the others share an input."""
+    for index, (copies, outputs, inputs) in enumerate(stacked):
+        last = index == len(stacked) - 1
+        group = f"{name}.{index}" if last else name
+        yield Matrix(inputs, outputs, "row" if last else "column", group, top_k, copies)
 
 
 def _cores(block: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return match_modules(block, plan.attention.removeprefix(f"{plan.blocks}.")) if plan.attention else {}
-
-
-def _owner(name: str, key: str) -> str:
-    inner = key.rpartition(".")[0]
-    return f"{name}.{inner}" if inner else name

@@ -1,11 +1,12 @@
 """The planner against published runs: `make bench-plan`.
 
-    python -m tests.bench.bench_plan [--rows FILE] [--verbose] [--fit]
+python -m tests.bench.bench_plan [--rows FILE] [--verbose] [--fit]
 """
 
 import argparse
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from parallel.planner.gpus import GIB, KERNELS, Kernels
@@ -18,14 +19,13 @@ ROWS = Path(__file__).with_name("published_runs.csv")
 
 def predict(run: Run, kernels: Kernels = KERNELS) -> float:
     """Tokens/s a GPU."""
-    step = simulate(run.shape, run.layout, run.program, run.gpu, run.global_batch, run.stages, kernels)
+    step = simulate(replace(run.setting, kernels=kernels))
     return step.tokens_per_s / step.gpus
 
 
 def predict_memory(run: Run) -> float:
     """GiB."""
-    count = max(1, run.global_batch // (run.layout.data * run.layout.micro_batch))
-    memory = plan_memory(run.shape, run.layout, run.program, count, run.stages)
+    memory = plan_memory(run.setting)
     return (memory.tensors if run.allocated else memory.total) / GIB
 
 
@@ -44,6 +44,11 @@ def report(what: str, found: list[tuple[str, float]]) -> None:
         )
 
 
+def _describe(run: Run) -> str:
+    row, setting = run.row, run.setting
+    return f"{row['source'][:8]} {row['model']} {setting.layout} {setting.gpu.name} {row['precision']}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=ROWS)
@@ -54,11 +59,11 @@ def main() -> None:
     memory = [(r, predict_memory(r) / r.memory) for r in runs if r.memory]
     if args.verbose:
         for run, ratio in speed:
-            print(f"{ratio:5.2f} {run.row['source'][:8]} {run.row['model']} {run.layout} {run.gpu.name} {run.row['precision']}")
+            print(f"{ratio:5.2f} {_describe(run)}")
         for run, ratio in memory:
-            print(f"mem {ratio:5.2f} {run.row['source'][:8]} {run.row['model']} {run.memory} {run.layout}")
+            print(f"memory {ratio:5.2f} of {run.memory} GiB {_describe(run)}")
     report("throughput", [(r.row["source"], x) for r, x in speed])
-    report("throughput by GPU", [(r.gpu.name, x) for r, x in speed])
+    report("throughput by GPU", [(r.setting.gpu.name, x) for r, x in speed])
     report("memory", [(r.row["source"], x) for r, x in memory])
     reasons: dict[str, int] = defaultdict(int)
     for _, why in left:

@@ -44,18 +44,28 @@ PRIOR: Figures = {
     "b200.sustained_fp8": 0.6, "b200.sustained_fp4": 0.5, "b200.attention": 0.42,
     "b300.sustained_fp8": 0.6, "b300.sustained_fp4": 0.5, "b300.attention": 0.5,
 }  # fmt: skip
-LIMITS = {"hbm": 0.9, "sustained_bf16": 0.85, "sustained_fp8": 0.75, "sustained_fp4": 0.75, "attention": 0.7, "nvlink": 0.95, "network": 0.95, "contention": 0.6, "tp_hidden": 0.95, "ep_hidden": 0.95}
+LIMITS = {
+    "hbm": 0.9,
+    "sustained_bf16": 0.85,
+    "sustained_fp8": 0.75,
+    "sustained_fp4": 0.75,
+    "attention": 0.7,
+    "nvlink": 0.95,
+    "network": 0.95,
+    "contention": 0.6,
+    "tp_hidden": 0.95,
+    "ep_hidden": 0.95,
+}
 
 
 def predict(run: Run, figures: Figures) -> float:
     """Tokens/s a GPU under these figures."""
-    chip = next(chip for chip, members in CHIPS.items() if run.gpu.name in members)
+    gpu = run.setting.gpu
+    chip = next((chip for chip, members in CHIPS.items() if gpu.name in members), "")
     own = {k.partition(".")[2]: v for k, v in figures.items() if k.partition(".")[0] == chip}
     own |= {name: figures[of] for (of_chip, name), of in SHARED.items() if of_chip == chip}
     kernels = replace(KERNELS, **{k[8:]: v for k, v in figures.items() if k.startswith("kernels.")})
-    step = simulate(
-        run.shape, run.layout, run.program, replace(run.gpu, **own), run.global_batch, run.stages, kernels
-    )
+    step = simulate(replace(run.setting, gpu=replace(gpu, **own), kernels=kernels))
     return step.tokens_per_s / step.gpus
 
 
@@ -107,9 +117,13 @@ def main() -> None:
         return
     for source in sorted({run.row["source"] for run in runs}):
         kept = [run for run in runs if run.row["source"] != source]
-        print(f"without {source:17} {errors([r for r in runs if r.row['source'] == source], fit(kept, args.rounds))}", flush=True)
+        print(
+            f"without {source:17} {errors([r for r in runs if r.row['source'] == source], fit(kept, args.rounds))}",
+            flush=True,
+        )
     held_out = []
     for part in range(5):
+
         def in_part(run: Run, part: int = part) -> bool:
             return zlib.crc32(run.row["model"].encode()) % 5 == part
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from parallel.planner.gpus import GPUS, Gpu
-from parallel.planner.layout import Layout, Program
+from parallel.planner.layout import Layout, Program, Setting, parts_of
 from parallel.planner.shape import LayerShape, Matrix, ModelShape, Parameter, read_shape
 from pretrain.models import FAMILIES
 from pretrain.models.decoder.config import DecoderConfig
@@ -46,7 +46,7 @@ MEGATRON = Program(
 PROGRAMS = {
     # FSDP1 under Composer: fp32 parameters, bf16 gathers and reductions, Triton or FA2 attention, eager.
     "llm-foundry": Program(
-        weight=4, gathered=2, ends=2, gradient=4, reduced=2, state=8, residual=2, wire=2, chunk=0, fused=False, layers_compiled=False,
+        weight=4, gathered=2, ends=2, gradient=4, reduced=2, state=8, residual=2, wire=2, chunk=0, fused=False, compiled=False,
     ),
     # Megatron-DeepSpeed of 2021: fp16 or bf16, ZeRO-1, scores in memory, no sequence parallelism, no overlap.
     "bigscience": Program(
@@ -54,23 +54,18 @@ PROGRAMS = {
         sequence=False, overlap=False, chunk=0, dropout=True, buckets=2e9,
     ),
     # FSDP2: fp32 parameters, bf16 gathers, fp32 reductions; "op" keeps every second product.
-    "torchtitan": Program(residual=2, wire=2, ends=2, chunk=0, matmul_share=0.5, layers_compiled=False),
+    "torchtitan": Program(residual=2, wire=2, ends=2, chunk=0, matmul_share=0.5, compiled=False),
     "megatron-bridge": MEGATRON,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """A published run as the planner sees it. tokens_per_s: published, a GPU; memory: GiB; None where not published. allocated:
-    memory counts tensors only."""
+    """A published run as the planner sees it. tokens_per_s: published, a GPU; memory: GiB; None where not published.
+    allocated: memory counts tensors only."""
 
     row: Row
-    shape: ModelShape
-    layout: Layout
-    program: Program
-    gpu: Gpu
-    global_batch: int
-    stages: list[list[int]]
+    setting: Setting
     tokens_per_s: float | None
     memory: float | None
     allocated: bool
@@ -116,9 +111,11 @@ def to_run(row: Row) -> Run:
         keep="SHARD_GRAD_OP" in row["schedule"], cp_method="ring",
     )  # fmt: skip
     count = len(shape.layers)
-    stages = [shape.count_kinds(range(count * r // pp, count * (r + 1) // pp)) for r in range(pp)]
-    return Run(row, shape, layout, program, gpu, round(batch), stages, _speed(row, shape, gpus, batch), _memory(row),
-        _allocated(row))
+    # Stages of even length; where a process has several, which of them it has changes nothing.
+    stages = [range(count * rank // pp, count * (rank + 1) // pp) for rank in range(pp)]
+    parts = parts_of(shape, stages, pp, layout.schedule)
+    setting = Setting(shape, layout, program, gpu, round(batch), parts)
+    return Run(row, setting, _speed(row, shape, gpus, batch), _memory(row), _allocated(row))
 
 
 def _dims(row: Row) -> dict[str, float]:
@@ -180,7 +177,11 @@ def _expert_shape(dims: dict[str, float]) -> ModelShape:
         attention = [*q, Matrix(h, 576, "sequence", a), up, Matrix(heads * 128, h, "row", "out")]
         qk, v = 192, 128
     else:
-        attention = [Matrix(h, heads * d, "column", a), Matrix(h, kv * d, "key_value", a), Matrix(h, kv * d, "key_value", a)]
+        attention = [
+            Matrix(h, heads * d, "column", a),
+            Matrix(h, kv * d, "key_value", a),
+            Matrix(h, kv * d, "key_value", a),
+        ]
         attention += [Matrix(heads * d, h, "row", "out")]
         qk = v = d
     layers = []
@@ -198,9 +199,7 @@ def _expert_shape(dims: dict[str, float]) -> ModelShape:
             mlp.append(Matrix(h, int(dims["experts"]), "sequence", "router"))
         routed = any(m.copies > 1 for m in mlp)
         matrices = (*attention, *mlp)
-        parameters = tuple(
-            Parameter(f"m{i}", (m.copies * m.outputs, m.inputs), m.style, m.copies > 1) for i, m in enumerate(matrices)
-        )
+        parameters = tuple(_parameter(f"m{i}", m) for i, m in enumerate(matrices))
         layers.append(
             LayerShape(
                 (*parameters, Parameter("norms", (2 * h,))), matrices, 2, heads, kv, qk, v, scores,
@@ -210,6 +209,13 @@ def _expert_shape(dims: dict[str, float]) -> ModelShape:
     vocab = int(dims["vocab"])
     first, last = Parameter("embed", (vocab, h), "vocabulary"), Parameter("head", (vocab, h), "head")
     return ModelShape(tuple(layers), (first,), (last,), h, vocab, s, heads, kv)
+
+
+def _parameter(name: str, m: Matrix) -> Parameter:
+    if m.copies == 1:
+        return Parameter(name, (m.outputs, m.inputs), m.style)
+    name += ".down" if m.style == "row" else ".up"
+    return Parameter(name, (m.copies, m.outputs, m.inputs), "experts", True)
 
 
 def _mlp(h: int, ffn: int, copies: int, active: int, name: str = "mlp") -> list[Matrix]:
@@ -247,7 +253,7 @@ def _program(row: Row) -> tuple[Program, str, int]:
     if "fp32 grad" in text:
         base = replace(base, gradient=6)
     if "compile" in schedule:
-        base = replace(base, layers_compiled=True)
+        base = replace(base, compiled=True)
     if row["source"] == "torchtitan":
         base = replace(base, fused="compile" in schedule, tp_overlap="async tp" in schedule + text)
         if "float8 all-gather" in text:
