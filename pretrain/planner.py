@@ -13,9 +13,8 @@ from parallel.mesh import AXES
 from parallel.pipeline_cut import check_microbatches, plan_stages
 from parallel.plan import match_modules
 from parallel.planner.gpus import GIB, GPUS, Gpu
-from parallel.planner.layout import Layout, Part, Program, Setting, parts_of
-from parallel.planner.memory import plan_memory
-from parallel.planner.search import MARGIN, Planned, Space, own_program, search
+from parallel.planner.layout import Layout, Part, Program, parts_of
+from parallel.planner.search import MARGIN, Planned, Sized, Space, fitting, search
 from parallel.planner.shape import read_shape
 from parallel.tensor import check_tensor
 from pretrain.config import Origins, RunConfig
@@ -139,7 +138,7 @@ def answer(question: Question) -> list[Planned]:
     return runnable
 
 
-def _too_large(question: Question, smallest: Planned) -> str:
+def _too_large(question: Question, smallest: Sized) -> str:
     space, total = question.space, smallest.memory.total
     over = total - MARGIN * space.gpu.memory
     largest = max(smallest.memory.terms, key=lambda name: smallest.memory.terms[name])
@@ -147,7 +146,8 @@ def _too_large(question: Question, smallest: Planned) -> str:
     cut = stage_cuts(question)
     for more in MORE:
         larger = replace(space, gpus=space.gpus * more)
-        if any(_fits(layout, larger, question.program, cut(layout)) for layout in larger.layouts()):
+        ladders = ((ladder, cut(ladder[0])) for ladder in larger.ladders())
+        if any(parts and fitting(larger, question.program, ladder, parts).fits for ladder, parts in ladders):
             cures.append(f"--gpus {larger.gpus}")
             break
     roomy = [name for name, gpu in GPUS.items() if MARGIN * gpu.memory >= total]
@@ -161,17 +161,11 @@ def _too_large(question: Question, smallest: Planned) -> str:
     )
 
 
-def _fits(layout: Layout, space: Space, program: Program, parts: tuple[Part, ...]) -> bool:
-    own = own_program(layout, program)
-    setting = Setting(space.shape, layout, own, space.gpu, space.global_batch, parts)
-    return bool(parts) and plan_memory(setting).total <= MARGIN * space.gpu.memory
-
-
 def _impossible(question: Question) -> str:
     space, near = question.space, []
     for distance in range(1, NEAREST):
         for gpus in (space.gpus - distance, space.gpus + distance):
-            if gpus > 0 and next(replace(space, gpus=gpus).layouts(), None) is not None:
+            if gpus > 0 and next(replace(space, gpus=gpus).ladders(), None) is not None:
                 near.append(gpus)
         if len(near) >= 2:
             break
@@ -218,7 +212,7 @@ def _runs(question: Question, planned: Planned) -> bool:
     return True
 
 
-def to_overrides(question: Question, planned: Planned) -> str:
+def to_overrides(question: Question, planned: Sized) -> str:
     """What to add to `pretrain run RECIPE` to get this layout."""
     return " ".join(f"{key}={value}" for key, value in _settings(question, planned.layout))
 

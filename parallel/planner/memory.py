@@ -87,11 +87,12 @@ def plan_memory(setting: Setting) -> Memory:
     first_of: dict[Part, int] = {}
     for rank, part in enumerate(setting.parts):
         first_of.setdefault(part, rank)
-    found = [_process(setting, part, rank) for part, rank in first_of.items()]
+    found = [process_memory(setting, part, rank) for part, rank in first_of.items()]
     return max(found, key=lambda memory: memory.total)
 
 
-def _process(setting: Setting, part: Part, rank: int) -> Memory:
+def process_memory(setting: Setting, part: Part, rank: int) -> Memory:
+    """Of process `rank` of a pipeline, which has `part`; of those that share its parameters, the one with most."""
     program, layout = setting.program, setting.layout
     everything, ends = held_by(setting, part), held_ends(setting, part)
     terms = _states(everything, setting)

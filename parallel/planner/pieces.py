@@ -52,10 +52,12 @@ def cuts(parameter: Parameter, degrees: Degrees) -> list[int]:
     return found
 
 
-def is_whole(parameter: Parameter, degrees: Degrees) -> bool:
-    """Whether all processes of tensor parallelism have it, so that their gradients are to be summed."""
-    cut = degrees.expert_tp if parameter.experts else prod(cuts(parameter, degrees)) > 1
-    return degrees.tp > 1 and not cut
+def is_partial(parameter: Parameter, degrees: Degrees) -> bool:
+    """Whether all processes of tensor parallelism have it and see a part of what it works on, so that their gradients
+    are to be summed. The bias of a row-cut matrix is not: its gradient is made of whole rows."""
+    if degrees.tp == 1 or parameter.style == "row":
+        return False
+    return not degrees.expert_tp if parameter.experts else prod(cuts(parameter, degrees)) == 1
 
 
 def shard_dim(parameter: Parameter, degrees: Degrees) -> int | None:
@@ -78,13 +80,10 @@ def piece(size: int, pieces: int, index: int) -> int:
 def local_elements(parameter: Parameter, degrees: Degrees, tp_rank: int = 0, shard_rank: int = 0) -> int:
     """Elements that process `tp_rank` of tensor parallelism and `shard_rank` of dp_shard x cp has."""
     ep_rank, index = (shard_rank % degrees.ep, shard_rank // degrees.ep) if parameter.experts else (0, shard_rank)
-    ranks = [tp_rank] * len(parameter.shape)
-    if parameter.experts:
-        ranks[0] = ep_rank
-    dims = [
-        piece(size, pieces, rank)
-        for size, pieces, rank in zip(parameter.shape, cuts(parameter, degrees), ranks, strict=True)
-    ]
+    dims = list(parameter.shape)
+    for dim, pieces in enumerate(cuts(parameter, degrees)):
+        if pieces > 1:
+            dims[dim] = piece(dims[dim], pieces, ep_rank if parameter.experts and dim == 0 else tp_rank)
     where = shard_dim(parameter, degrees) or 0
     dims[where] = piece(dims[where], degrees.shards_of(parameter), index)
     return prod(dims)

@@ -21,23 +21,33 @@ CLOSE = 1.02  # layouts whose steps are no longer than this share of the fastest
 MAX_TP, MAX_CP = 16, 16
 MIN_TOKENS = 1024  # of a sequence on a process, below which cutting it further cannot pay
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-POLICIES = ("none", "selective", "full")
+POLICIES = ("none", "selective", "full")  # fastest first
 
 # Layout -> what each process of its pipeline has; nothing where the model cannot be cut so.
 Cut = Callable[[Layout], tuple[Part, ...]]
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A layout with what it needs and how fast it is."""
+class Sized:
+    """A layout with what it needs."""
 
     setting: Setting
     memory: Memory
-    step: Step
 
     @property
     def layout(self) -> Layout:
         return self.setting.layout
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= MARGIN * self.setting.gpu.memory
+
+
+@dataclass(frozen=True)
+class Planned(Sized):
+    """And how fast it is."""
+
+    step: Step
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,9 @@ class Space:
     def choices(self, name: str, values: Iterable[Any]) -> list[Any]:
         return [self.pinned[name]] if name in self.pinned else list(values)
 
-    def layouts(self) -> Iterator[Layout]:
-        """All that are legal; pipelines may still be refused when stages are cut."""
+    def ladders(self) -> Iterator[tuple[Layout, ...]]:
+        """All that are legal, in groups that differ in what is computed again only, fastest first. Pipelines may still
+        be refused when stages are cut."""
         fixed = {name: self.pinned[name] for name in ("recompute_every", "expert_tp") if name in self.pinned}
         for tp, cp in product(
             self.choices("tp", (d for d in divisors(self.gpus) if d <= min(MAX_TP, self.gpu.domain))),
@@ -80,7 +91,7 @@ class Space:
             return False
         return True
 
-    def _over_data(self, base: Layout) -> Iterator[Layout]:
+    def _over_data(self, base: Layout) -> Iterator[tuple[Layout, ...]]:
         """With all ways to share data and experts, micro-batches, schedules and recomputation."""
         data = self.gpus // (base.pp * base.tp * base.cp)
         if self.global_batch % data:
@@ -112,20 +123,20 @@ class Space:
             yield from layer.parameters
         yield from (*self.shape.first, *self.shape.last)
 
-    def _in_time(self, layout: Layout) -> Iterator[Layout]:
+    def _in_time(self, layout: Layout) -> Iterator[tuple[Layout, ...]]:
         sizes = (size for size in MICRO_BATCHES if self.global_batch % (size * layout.data) == 0)
         for micro_batch in self.choices("micro_batch", sizes):
             count, rest = divmod(self.global_batch, layout.data * micro_batch)
             if rest or count < 1:
                 continue
             for schedule, chunks in self._schedules(layout, count):
-                for recompute in self.choices("recompute", POLICIES):
-                    for keep in self.choices("keep", (False, True)):
-                        # In a pipeline parameters stay gathered; where nothing is gathered there is nothing to keep.
-                        if keep != (layout.pp > 1) and (layout.pp > 1 or layout.shards == 1):
-                            continue
-                        times = {"micro_batch": micro_batch, "schedule": schedule, "chunks": chunks}
-                        yield replace(layout, **times, recompute=recompute, keep=keep)
+                # In a pipeline parameters stay gathered; where nothing is gathered there is nothing to keep.
+                both = (True,) if layout.pp > 1 else (False,) if layout.shards == 1 else (True, False)
+                for keep in self.choices("keep", both):
+                    if keep in both:
+                        times = {"micro_batch": micro_batch, "schedule": schedule, "chunks": chunks, "keep": keep}
+                        policies = self.choices("recompute", POLICIES)
+                        yield tuple(replace(layout, **times, recompute=policy) for policy in policies)
 
     def _schedules(self, layout: Layout, microbatches: int) -> Iterator[tuple[str, int]]:
         """Schedules and how many stages of each a process has."""
@@ -149,33 +160,36 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def own_program(layout: Layout, program: Program) -> Program:
-    """This project's program under a layout: in a pipeline gradients travel once a step."""
-    return replace(program, once=layout.pp > 1)
+def fitting(space: Space, program: Program, ladder: tuple[Layout, ...], parts: tuple[Part, ...]) -> Sized:
+    """The first layout of a ladder that fits; the one that needs least memory where none does."""
+    found = []
+    for layout in ladder:
+        own = replace(program, once=layout.pp > 1)  # in a pipeline gradients travel once a step
+        setting = Setting(space.shape, layout, own, space.gpu, space.global_batch, parts)
+        found.append(Sized(setting, plan_memory(setting)))
+        if found[-1].fits:
+            return found[-1]
+    return min(found, key=lambda sized: sized.memory.total)
 
 
-def search(space: Space, program: Program, cut: Cut) -> tuple[list[Planned], Planned | None]:
-    """The fastest variant of each set of degrees that fits, best first; and the one that needs least memory, None where
-    no layout is legal."""
+def search(space: Space, program: Program, cut: Cut) -> tuple[list[Planned], Sized | None]:
+    """The fastest variant of each set of degrees that fits, best first; and the layout that needs least memory, None
+    where no layout is legal."""
     best: dict[tuple[int, ...], Planned] = {}
-    smallest: tuple[float, Setting] | None = None
-    for layout in space.layouts():
-        parts = cut(layout)
+    smallest: Sized | None = None
+    for ladder in space.ladders():
+        parts = cut(ladder[0])
         if not parts:
             continue
-        own = own_program(layout, program)
-        setting = Setting(space.shape, layout, own, space.gpu, space.global_batch, parts)
-        memory = plan_memory(setting)
-        if smallest is None or memory.total < smallest[0]:
-            smallest = memory.total, setting
-        if memory.total > MARGIN * space.gpu.memory:
-            continue
-        planned = Planned(setting, memory, simulate(setting))
-        degrees = (layout.pp, layout.cp, layout.tp, layout.ep)
-        if degrees not in best or planned.step.seconds < best[degrees].step.seconds:
-            best[degrees] = planned
-    least = None if smallest is None else Planned(smallest[1], plan_memory(smallest[1]), simulate(smallest[1]))
-    return in_order(list(best.values())), least
+        sized = fitting(space, program, ladder, parts)
+        if smallest is None or sized.memory.total < smallest.memory.total:
+            smallest = sized
+        if sized.fits:
+            layout, step = sized.setting.layout, simulate(sized.setting)
+            degrees = (layout.pp, layout.cp, layout.tp, layout.ep)
+            if degrees not in best or step.seconds < best[degrees].step.seconds:
+                best[degrees] = Planned(sized.setting, sized.memory, step)
+    return in_order(list(best.values())), smallest
 
 
 def in_order(found: list[Planned]) -> list[Planned]:

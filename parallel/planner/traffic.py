@@ -6,11 +6,11 @@ are those of Megatron-LM and of FSDP.
 
 from collections import Counter
 from functools import lru_cache
-from math import lcm
+from math import ceil, lcm
 
 from parallel.planner.layout import Part, Setting, kv_share
 from parallel.planner.links import Kind, Traffic, collective
-from parallel.planner.pieces import Degrees, degrees_of, held, held_by, held_ends, is_whole, stage_parameters
+from parallel.planner.pieces import Degrees, degrees_of, held, held_by, held_ends, is_partial, stage_parameters
 from parallel.planner.shape import LayerShape, Parameter
 
 FORWARD, BACKWARD = 0, 1
@@ -112,8 +112,8 @@ def end_traffic(setting: Setting, part: Part) -> list[Traffic]:
         return found
     stream = setting.tokens * setting.shape.hidden
 
-    def add(kind: Kind, what: str, size: float) -> None:
-        found.append(collective(setting, "tp", kind, what, size))
+    def add(kind: Kind, what: str, size: float, count: float = 1) -> None:
+        found.append(collective(setting, "tp", kind, what, size / count, count))
 
     kinds: tuple[Kind, Kind] = ("all-gather", "reduce-scatter") if program.sequence else ("all-reduce", "all-reduce")
     if part.first:
@@ -121,9 +121,11 @@ def end_traffic(setting: Setting, part: Part) -> list[Traffic]:
         if program.sequence:
             add(kinds[0], "gradients of embedded tokens", stream * program.residual)
     if part.last:
+        chunks = ceil(setting.tokens / program.chunk) if program.chunk else 1
         if program.sequence:
-            add(kinds[0], "hidden states for the loss", stream * program.saved)
-        add(kinds[1], "gradients of hidden states", stream * program.saved)
+            add(kinds[0], "hidden states for the loss", stream * program.saved, chunks)
+        add(kinds[1], "gradients of hidden states", stream * program.saved, chunks)
+        add("all-gather", "log-sums and targets' logits", 2 * setting.tokens * layout.tp * 4, chunks)
     return found
 
 
@@ -214,8 +216,8 @@ def _partial_traffic(setting: Setting, part: Part) -> list[Traffic]:
 
 @lru_cache(maxsize=1 << 10)
 def _partial_sizes(parameters: tuple[Parameter, ...], degrees: Degrees) -> Counter[float]:
-    """Elements -> how many of these parameters have so many and are on all processes."""
-    return Counter(p.elements for p in parameters if is_whole(p, degrees))
+    """Elements -> how many of these parameters have so many and are summed."""
+    return Counter(p.elements for p in parameters if is_partial(p, degrees))
 
 
 def pipeline_traffic(setting: Setting, part: Part) -> list[Traffic]:
