@@ -134,11 +134,7 @@ class RunConfig(Section):
     def _consistent(self) -> "RunConfig":
         if self.engine not in ENGINES:
             raise ValueError(f"engine = {self.engine!r} is unknown: one of {', '.join(ENGINES)}")
-        if self.data.seq_len > self.model.max_seq_len:
-            raise ValueError(
-                f"data.seq_len = {self.data.seq_len} is longer than model.max_seq_len = {self.model.max_seq_len}; "
-                "lower the first or raise the second"
-            )
+        self.model.check_length(self.data.seq_len)
         if self.train.global_batch % self.train.micro_batch:
             raise ValueError(
                 f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "

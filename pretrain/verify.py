@@ -91,7 +91,7 @@ def run_steps(config: RunConfig, world: World, steps: int) -> Outcome:
         batches = [objective.collate(batch) for batch in next(loader)[0]]
         values, _ = train_step(recorder, objective, batches, LEARNING_RATE, False)
         shown = [name for name in (*objective.sums, *ROUTER_LOSSES) if name in values]
-        losses |= {f"{name} of step {step}": float(values[name].sum()) for name in shown}
+        losses |= {f"{name} of step {step}": float(torch.as_tensor(values[name]).sum()) for name in shown}
         norms[f"gradient norm of step {step}"] = float(values["grad_norm"])
     batches = [objective.collate(batch) for batch in next(loader)[0]]
     count = engine.sum_over_data(torch.tensor([objective.count(batches)]))

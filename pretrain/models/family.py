@@ -16,6 +16,14 @@ class ModelConfig(BaseModel):
     vocab_size: int
     max_seq_len: int
 
+    def check_length(self, seq_len: int) -> None:
+        """Raises ValueError where sequences of this many tokens cannot be trained on."""
+        if seq_len > self.max_seq_len:
+            raise ValueError(
+                f"data.seq_len = {seq_len} is longer than model.max_seq_len = {self.max_seq_len}; "
+                "lower the first or raise the second"
+            )
+
     @property
     def flops_per_token(self) -> float:
         """Model FLOPs of forward and backward for one token, attention aside."""

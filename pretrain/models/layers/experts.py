@@ -71,7 +71,7 @@ def bucketed(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[
         chosen = torch.tensor(bucket, device=x.device)
         own = torch.cat([torch.arange(starts[e], starts[e] + rows[e], device=x.device) for e in bucket])
         places = torch.cat([torch.arange(n * most, n * most + rows[e], device=x.device) for n, e in enumerate(bucket)])
-        padded = _Move.apply(x, own, places, len(bucket) * most).view(len(bucket), most, -1)
+        padded = _Move.apply(x, own, places, len(bucket) * most).view(len(bucket), most, x.shape[1])
         part = (weights[0][chosen], weights[1][chosen], weights[2][chosen]) if len(buckets) > 1 else weights
         found.append((_batched(padded, part, activation).flatten(0, 1), places, own))
     if len(found) == 1:

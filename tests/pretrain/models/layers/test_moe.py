@@ -66,7 +66,7 @@ def test_equals_a_loop_over_tokens(options):
             torch.testing.assert_close(out[b, s], expected, rtol=1e-10, atol=1e-12)
 
 
-COUNTS = [[5] * 4, [0, 0, 20, 0], [1, 40, 3, 0], [17, 16, 2, 31], [0, 0, 0, 0], [0], [7]]
+COUNTS = [[5] * 4, [0, 0, 20, 0], [1, 40, 3, 0], [17, 16, 2, 31], [0, 40, 0, 0], [0, 0, 0, 0], [0], [7]]
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
