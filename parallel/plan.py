@@ -12,9 +12,11 @@ from torch import nn
 Style = Literal[
     "gather",  # no parameters of its own: its input is gathered from sequence parts to whole rows
     "column",  # Linear, output features cut: whole rows in, this process's features out
+    "part_column",  # as column, but sequence parts in, which it gathers: worth it where they are narrow
     "key_value",  # as column, by key/value head; heads fewer than processes are shared
     "row",  # Linear, input features cut: features in, the sum scattered to sequence parts
     "sequence",  # parameters replicated, works on sequence parts
+    "share",  # no parameters of its own: sequence parts gathered for all processes' heads, whose gradients are summed
     "position",  # Embedding of positions: as sequence, but its input is a whole row of positions
     "head_norm",  # parameters replicated, works on this process's heads
     "width_norm",  # cut along the last dim as the column output that it normalises

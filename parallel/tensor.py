@@ -39,9 +39,11 @@ class Layout:
 STYLES: dict[Style, Layout] = {
     "gather": Layout(None, None, SEQUENCE, WHOLE, None),
     "column": Layout(ROWS, ROWS, WHOLE, WHOLE, FEATURES),
+    "part_column": Layout(ROWS, ROWS, SEQUENCE, WHOLE, FEATURES),
     "key_value": Layout(ROWS, ROWS, WHOLE, WHOLE, FEATURES),
     "row": Layout(COLUMNS, WHOLE, FEATURES, FEATURES, SEQUENCE),
     "sequence": Layout(WHOLE, WHOLE, SEQUENCE, SEQUENCE, SEQUENCE),
+    "share": Layout(None, None, SEQUENCE, WHOLE, WHOLE),
     "position": Layout(WHOLE, None, WHOLE, SEQUENCE, SEQUENCE),
     "head_norm": Layout(WHOLE, WHOLE, HEADS, HEADS, HEADS),
     "width_norm": Layout(ROWS, ROWS, FEATURES, FEATURES, FEATURES),
@@ -93,7 +95,9 @@ def _communicate(module: nn.Module, mesh: DeviceMesh, layout: Layout) -> None:
 
     def after(_module: nn.Module, _args: Any, output: DTensor) -> Tensor:
         assert layout.output is not None
-        return output.redistribute(placements=[layout.output]).to_local()
+        # Each process uses a whole output in its own way: the gradients it gets are parts of a sum.
+        partial = [Partial()] if layout.output == WHOLE else None
+        return output.redistribute(placements=[layout.output]).to_local(grad_placements=partial)
 
     module.register_forward_pre_hook(before)
     if layout.output is not None:

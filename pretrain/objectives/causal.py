@@ -71,6 +71,7 @@ class CausalObjective:
             queries=length,
             keys=length,
             head_dim=model.dim_per_head,
+            value_dim=model.value_dim,
             softcap=model.attention_softcap or None,
         )
         return f"{name} ({reason})"

@@ -69,6 +69,7 @@ def test_overrides_win_over_recipe_over_base_and_say_so(tmp_path):
         ("model.window=128", "model.window is set, but no layer is sliding"),
         ("model.rope.factor=4", "model.rope.factor = 4.0, but model.rope.scaling is none"),
         ("model.rope.theta=-1", "rope.theta = -1"),
+        ("model.rope.mscale_all_dim=1", "model.rope.mscale_all_dim = 1.0 scales the scores of latent attention"),
         ("optim.lr=inf", "optim.lr = inf: input should be a finite number"),
         ("train.stop_at=300", "train.stop_at = 300 is past the end"),
         ("train", "write it as key=value"),
@@ -106,7 +107,7 @@ def test_schema_describes_every_key():
     assert "base" in schema["properties"]
     json.dumps(schema)
     for name, section in schema["$defs"].items():
-        if name not in ("Rope", "MoE"):  # plain dataclasses of the layers; described in their source
+        if name not in ("Rope", "MoE", "MLA"):  # plain dataclasses of the layers; described in their source
             for key, field in section["properties"].items():
                 assert field.get("description"), f"{name}.{key} has no description"
 
@@ -120,6 +121,14 @@ def test_families_count_their_parameters():
         ["model.norm=layer", "model.positions=learned", "model.gated=false", "model.mlp_bias=true"],
         ["model.norm_position=both", "model.qk_norm=full", "model.qkv_bias=true", "model.out_bias=true"],
         ["model.qk_norm=head", "model.tied=false", "model.head_dim=64"],
+        ["model.kv_heads=0", "model.mla.q_rank=24", "model.mla.kv_rank=20", "model.out_bias=true", "model.norm=layer"],
+        [
+            "model.kv_heads=0",
+            "model.mla.q_rank=0",
+            "model.mla.nope_dim=10",
+            "model.mla.rope_dim=6",
+            "model.mla.v_dim=7",
+        ],
     ):
         config, _ = resolve("tiny", ["model.vocab_size=100", *overrides])
         with torch.device("meta"):

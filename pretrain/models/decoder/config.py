@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pretrain.models.family import ModelConfig
+from pretrain.models.layers.mla import MLA
 from pretrain.models.layers.mlp import Activation
 from pretrain.models.layers.moe import MoE
 from pretrain.models.layers.norm import NormKind
@@ -32,6 +33,7 @@ class DecoderConfig(ModelConfig):
     qkv_bias: bool = Field(False, description="Biases on the query, key and value projections")
     out_bias: bool = Field(False, description="Bias on the attention output projection")
 
+    mla: MLA | None = Field(None, description="Multi-head latent attention; unset: a projection each for q, k and v")
     moe: MoE | None = Field(None, description="Mixture of experts in place of the feed-forward layer; unset: dense")
 
     norm: NormKind = Field("rms", description="rms: w*x/rms; rms_unit: (1+w)*x/rms; layer: LayerNorm with bias")
@@ -60,7 +62,8 @@ class DecoderConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> "DecoderConfig":
-        if not self.head_dim and self.hidden % self.heads:
+        self._check_latent_attention()
+        if not self.mla and not self.head_dim and self.hidden % self.heads:
             raise ValueError(
                 f"model.hidden = {self.hidden} is not divisible by model.heads = {self.heads}; set model.head_dim or "
                 "change one of them"
@@ -89,16 +92,52 @@ class DecoderConfig(ModelConfig):
             raise ValueError(f'model.{key} is set, but no layer is sliding; add "sliding" to model.pattern')
         return self
 
+    def _check_latent_attention(self) -> None:
+        if self.mla is None:
+            if self.rope.mscale_all_dim:
+                raise ValueError(
+                    f"model.rope.mscale_all_dim = {self.rope.mscale_all_dim} scales the scores of latent attention; "
+                    "set model.mla, or model.rope.attention_factor in its place"
+                )
+            return
+        if self.kv_heads not in (0, self.heads):
+            raise ValueError(
+                f"model.kv_heads = {self.kv_heads}, but model.mla gives each of the {self.heads} heads keys of its "
+                f"own; set it to 0 or {self.heads}"
+            )
+        for key in ("head_dim", "qkv_bias", "qk_norm", "positions", "rope_local"):
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if value != default:
+                raise ValueError(
+                    f"model.{key} = {value!r} has no meaning with model.mla; leave it at {default!r} or unset model.mla"
+                )
+
     @property
     def num_kv_heads(self) -> int:
         return self.kv_heads or self.heads
 
     @property
     def dim_per_head(self) -> int:
-        return self.head_dim or self.hidden // self.heads
+        """Width of one head's query and key."""
+        return self.mla.qk_dim if self.mla else self.head_dim or self.hidden // self.heads
+
+    @property
+    def value_dim(self) -> int:
+        """Width of one head's value."""
+        return self.mla.v_dim if self.mla else self.dim_per_head
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dims of a head are rotated."""
+        return self.mla.rope_dim if self.mla else self.dim_per_head
 
     def layer_kind(self, index: int) -> LayerKind:
         return self.pattern[index % len(self.pattern)]
+
+    def check_length(self, seq_len: int) -> None:
+        super().check_length(seq_len)
+        if self.moe is not None:
+            self.moe.check_length(seq_len)
 
     def sparse(self, index: int) -> bool:
         """Whether this layer has experts."""
@@ -115,14 +154,19 @@ class DecoderConfig(ModelConfig):
     def _norm_parameters(self, dim: int) -> int:
         return dim * (2 if self.norm == "layer" else 1)
 
-    def _layer_parameters(self, index: int, active: bool) -> int:
+    def _attention_parameters(self) -> int:
+        out_bias = self.hidden * self.out_bias
+        if self.mla is not None:
+            return self.mla.num_parameters(self.hidden, self.heads, self._norm_parameters(1)) + out_bias
         q_width, kv_width = self.heads * self.dim_per_head, self.num_kv_heads * self.dim_per_head
-        attention = self.hidden * (2 * q_width + 2 * kv_width)
-        attention += (q_width + 2 * kv_width) * self.qkv_bias + self.hidden * self.out_bias
+        attention = self.hidden * (2 * q_width + 2 * kv_width) + (q_width + 2 * kv_width) * self.qkv_bias + out_bias
         if self.qk_norm == "head":
             attention += 2 * self._norm_parameters(self.dim_per_head)
         elif self.qk_norm == "full":
             attention += self._norm_parameters(q_width) + self._norm_parameters(kv_width)
+        return attention
+
+    def _layer_parameters(self, index: int, active: bool) -> int:
         inner = 2 if self.gated else 1
         mlp = self.hidden * self.ffn * (inner + 1) + (inner * self.ffn + self.hidden) * self.mlp_bias
         if self.moe is not None and self.sparse(index):
@@ -130,7 +174,7 @@ class DecoderConfig(ModelConfig):
             mlp = 3 * self.hidden * (experts * self.moe.ffn + self.moe.shared_ffn)
             mlp += self.hidden * (self.moe.experts + self.moe.shared_gate)
         num_norms = 4 if self.norm_position == "both" else 2
-        return attention + mlp + num_norms * self._norm_parameters(self.hidden)
+        return self._attention_parameters() + mlp + num_norms * self._norm_parameters(self.hidden)
 
     @property
     def flops_per_token(self) -> float:
@@ -139,7 +183,7 @@ class DecoderConfig(ModelConfig):
 
     def attention_flops_per_token(self, seq_len: int) -> float:
         """Causal: on average a query sees half the sequence, or its window; forward 2 matmuls, backward 4."""
-        width = self.heads * self.dim_per_head
+        width = self.heads * (self.dim_per_head + self.value_dim) / 2
         total = 0.0
         for index in range(self.layers):
             window = min(self.window, seq_len) if self.layer_kind(index) == "sliding" else seq_len

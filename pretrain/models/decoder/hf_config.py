@@ -139,6 +139,7 @@ def _heads_to_hf(even: bool, own_head_dim: bool) -> Callable[[Config], Config]:
     """
 
     def write(native: Config) -> Config:
+        _no_latent_attention(native)
         heads = native["heads"]
         if even and native["hidden"] % heads:
             raise misfit("model.hidden", native["hidden"], [f"multiples of model.heads = {heads}"])
@@ -150,16 +151,25 @@ def _heads_to_hf(even: bool, own_head_dim: bool) -> Callable[[Config], Config]:
 
 def _heads_to_native(hf: Config) -> Config:
     heads = hf["num_attention_heads"]
-    return {"heads": heads, "kv_heads": hf["num_key_value_heads"] or heads, "head_dim": hf.get("head_dim") or 0}
+    kv_heads, head_dim = hf["num_key_value_heads"] or heads, hf.get("head_dim") or 0
+    return {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "mla": None}
+
+
+def _no_latent_attention(native: Config) -> None:
+    if native["mla"] is not None:
+        raise misfit("model.mla", "set", [None])
 
 
 def _head_dim(native: Config) -> int:
     return native["head_dim"] or native["hidden"] // native["heads"]
 
 
+HEADS = ("heads", "kv_heads", "head_dim", "mla")
+
+
 def heads(even: bool = False, own_head_dim: bool = False) -> ConfigRow:
     keys = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    return Mapped(("heads", "kv_heads", "head_dim"), keys, _heads_to_hf(even, own_head_dim), _heads_to_native)
+    return Mapped(HEADS, keys, _heads_to_hf(even, own_head_dim), _heads_to_native)
 
 
 def activation(hf_key: str, tanh_word: str = "gelu_pytorch_tanh") -> ConfigRow:
@@ -247,6 +257,7 @@ GEMMA_NUMBERS: tuple[ConfigRow, ...] = (
 
 
 def _gpt2_heads_to_hf(native: Config) -> Config:
+    _no_latent_attention(native)
     heads = native["heads"]
     if native["kv_heads"] not in (0, heads):
         raise misfit("model.kv_heads", native["kv_heads"], [0, heads])
@@ -273,10 +284,10 @@ GPT2_CONFIG: tuple[ConfigRow, ...] = (
         lambda hf: {"ffn": hf["n_inner"] or 4 * hf["n_embd"]},
     ),
     Mapped(
-        ("heads", "kv_heads", "head_dim"),
+        HEADS,
         ("n_head",),
         _gpt2_heads_to_hf,
-        lambda hf: {"heads": hf["n_head"], "kv_heads": hf["n_head"], "head_dim": 0},
+        lambda hf: {"heads": hf["n_head"], "kv_heads": hf["n_head"], "head_dim": 0, "mla": None},
     ),
     activation("activation_function", "gelu_new"),
     Mapped(("rope", "rope_local"), (), lambda native: {}, lambda hf: {}),  # unused: positions are learned

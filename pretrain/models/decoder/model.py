@@ -14,6 +14,7 @@ from pretrain.models.decoder.config import DecoderConfig
 from pretrain.models.layers.attention import AttentionCore, AttentionMask
 from pretrain.models.layers.cache import KVCache
 from pretrain.models.layers.linear import fused_linear
+from pretrain.models.layers.mla import LatentAttention
 from pretrain.models.layers.mlp import MLP, GatedMLP
 from pretrain.models.layers.moe import MixtureOfExperts
 from pretrain.models.layers.norm import make_norm
@@ -38,7 +39,7 @@ class Attention(nn.Module):
             q_dim, k_dim = (q_width, kv_width) if cfg.qk_norm == "full" else (self.head_dim, self.head_dim)
             self.q_norm = make_norm(cfg.norm, q_dim, cfg.norm_eps)
             self.k_norm = make_norm(cfg.norm, k_dim, cfg.norm_eps)
-        self.core = AttentionCore(cfg.attention_scale or None, cfg.attention_softcap or None)
+        self.core = make_core(cfg)
 
     def forward(
         self, x: Tensor, mask: AttentionMask, rotation: Rotation | None, cache: KVCache | None = None
@@ -56,13 +57,26 @@ class Attention(nn.Module):
         return self.out(self.core(q, k, v, mask).flatten(-2))
 
 
+def make_core(cfg: DecoderConfig) -> AttentionCore:
+    scale = cfg.attention_scale or None
+    if cfg.mla is not None:
+        scale = (scale or cfg.dim_per_head**-0.5) * cfg.rope.score_factor
+    return AttentionCore(scale, cfg.attention_softcap or None)
+
+
+def make_attention(cfg: DecoderConfig, layer: str) -> nn.Module:
+    if cfg.mla is None:
+        return Attention(cfg, layer)
+    return LatentAttention(cfg.mla, cfg.hidden, cfg.heads, cfg.norm, cfg.out_bias, make_core(cfg), layer)
+
+
 class Block(nn.Module):
-    """x + attention, then x + feed-forward: `mlp`, or `moe` in a sparse layer; norms before each, on its output, or both."""
+    """x + attention, then x + feed-forward (`mlp`; if sparse, `moe`); norms before each, on its output, or both."""
 
     def __init__(self, cfg: DecoderConfig, index: int):
         super().__init__()
         self.kind = cfg.layer_kind(index)
-        self.attention = Attention(cfg, str(index))
+        self.attention = make_attention(cfg, str(index))
         if cfg.moe is not None and cfg.sparse(index):
             self.moe = MixtureOfExperts(cfg.moe, cfg.hidden, cfg.activation)
         else:
@@ -144,12 +158,12 @@ class Decoder(nn.Module):
         masks = {"full": mask, "nope": mask}
         rotations: dict[str, Rotation | None] = {"full": None, "nope": None, "sliding": None}
         if cfg.positions == "rope":
-            rotations["full"] = cos_sin(cfg.rope, positions, cfg.dim_per_head)
+            rotations["full"] = cos_sin(cfg.rope, positions, cfg.rotary_dim)
             rotations["sliding"] = rotations["full"]
         if cfg.window:
             masks["sliding"] = mask.with_window(cfg.window)
             if cfg.rope_local is not None:
-                rotations["sliding"] = cos_sin(cfg.rope_local, positions, cfg.dim_per_head)
+                rotations["sliding"] = cos_sin(cfg.rope_local, positions, cfg.rotary_dim)
         return masks, rotations
 
     def logits(self, hidden: Tensor) -> Tensor:

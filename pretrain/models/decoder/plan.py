@@ -2,17 +2,12 @@
 
 from parallel.plan import Plan, Style
 from pretrain.models.decoder.config import DecoderConfig
+from pretrain.models.layers.mla import MLA
 
 
 def plan(cfg: DecoderConfig) -> Plan:
     """Sharding plan of a decoder with this config."""
-    block: dict[str, Style] = {
-        "attention": "gather",
-        "attention.q": "column",
-        "attention.k": "key_value",
-        "attention.v": "key_value",
-        "attention.out": "row",
-    }
+    block = _attention(cfg) if cfg.mla is None else _latent_attention(cfg.mla)
     sparse = [cfg.sparse(i) for i in range(cfg.layers)]
     if not all(sparse):
         block |= _feed_forward("mlp", cfg.gated)
@@ -23,9 +18,6 @@ def plan(cfg: DecoderConfig) -> Plan:
             block |= _feed_forward("moe.shared", True)
         if cfg.moe.shared_gate:
             block["moe.shared_gate"] = "sequence"
-    if cfg.qk_norm != "none":
-        style: Style = "head_norm" if cfg.qk_norm == "head" else "width_norm"
-        block |= {"attention.q_norm": style, "attention.k_norm": style}
     if cfg.norm_position in ("pre", "both"):
         block |= {"attention_norm": "sequence", "mlp_norm": "sequence"}
     if cfg.norm_position in ("post", "both"):
@@ -46,6 +38,34 @@ def plan(cfg: DecoderConfig) -> Plan:
         routing="layers.*.moe.routing" if any(sparse) else "",
         experts=cfg.moe.experts if cfg.moe is not None else 0,
     )
+
+
+def _attention(cfg: DecoderConfig) -> dict[str, Style]:
+    rows: dict[str, Style] = {
+        "attention": "gather",
+        "attention.q": "column",
+        "attention.k": "key_value",
+        "attention.v": "key_value",
+        "attention.out": "row",
+    }
+    if cfg.qk_norm != "none":
+        style: Style = "head_norm" if cfg.qk_norm == "head" else "width_norm"
+        rows |= {"attention.q_norm": style, "attention.k_norm": style}
+    return rows
+
+
+def _latent_attention(mla: MLA) -> dict[str, Style]:
+    """Latents are made of sequence parts; they are gathered, being narrow, and not the stream."""
+    rows: dict[str, Style] = {
+        "attention.kv_down": "sequence",
+        "attention.kv_norm": "sequence",
+        "attention.kv_up": "part_column",
+        "attention.shared": "share",
+        "attention.out": "row",
+    }
+    if not mla.q_rank:
+        return rows | {"attention.q": "part_column"}
+    return rows | {"attention.q_down": "sequence", "attention.q_norm": "sequence", "attention.q_up": "part_column"}
 
 
 def _feed_forward(name: str, gated: bool) -> dict[str, Style]:

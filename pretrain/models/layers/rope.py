@@ -26,7 +26,9 @@ class Rope:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn: rotations above which a frequency is kept
     beta_slow: float = 1.0  # yarn: rotations below which a frequency is fully interpolated
-    attention_factor: float | None = None  # yarn: scale of cos and sin; None: 0.1 ln(factor) + 1
+    attention_factor: float | None = None  # yarn: scale of cos and sin; None: from the next two
+    mscale: float = 0.0  # yarn: m(mscale) / m(mscale_all_dim) scales cos and sin, with m(x) = 0.1 x ln(factor) + 1
+    mscale_all_dim: float = 0.0  # yarn: m(mscale_all_dim)**2 scales scores. 0 for one of the two: m(1) scales cos, sin
 
     def __post_init__(self) -> None:
         for name in ("theta", "factor", "original_max_seq_len"):
@@ -37,6 +39,25 @@ class Rope:
                 f"rope.low_freq_factor = {self.low_freq_factor} must be below rope.high_freq_factor = "
                 f"{self.high_freq_factor}"
             )
+
+    @property
+    def amplitude(self) -> float:
+        """Factor on cos and sin."""
+        if self.scaling != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._stretch(self.mscale) / self._stretch(self.mscale_all_dim)
+        return self._stretch(1.0)
+
+    @property
+    def score_factor(self) -> float:
+        """Factor on attention scores (DeepSeek-V2's and V3's)."""
+        return self._stretch(self.mscale_all_dim) ** 2 if self.scaling == "yarn" else 1.0
+
+    def _stretch(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device | None = None) -> Tensor:
@@ -77,15 +98,14 @@ def _yarn(rope: Rope, inv_freq: Tensor, head_dim: int) -> Tensor:
 def cos_sin(rope: Rope, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """positions [B, S] int -> cos, sin [B, S, 1, head_dim / 2] fp32."""
     angles = positions[..., None].float() * inverse_frequencies(rope, head_dim, positions.device)
-    scale = 1.0
-    if rope.scaling == "yarn" and rope.attention_factor is not None:
-        scale = rope.attention_factor
-    elif rope.scaling == "yarn" and rope.factor > 1:
-        scale = 0.1 * math.log(rope.factor) + 1.0
-    return (angles.cos() * scale)[..., None, :], (angles.sin() * scale)[..., None, :]
+    return (angles.cos() * rope.amplitude)[..., None, :], (angles.sin() * rope.amplitude)[..., None, :]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, S, H, D]: pair i is (x[i], x[i + D/2]), the layout of Hugging Face's Llama; in fp32 or wider."""
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> Tensor:
+    """Rotate x [B, S, H, D]: pair i is (x[i], x[i + D/2]), the layout of Hugging Face's Llama; in fp32 or wider.
+
+    neighbours: pair i is (x[2i], x[2i + 1]), and comes out where the other layout has it.
+    """
+    x_wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    first, second = (x_wide[..., 0::2], x_wide[..., 1::2]) if neighbours else x_wide.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
