@@ -21,6 +21,7 @@ from statistics import median
 from torch import Tensor
 
 MARGIN = 16.0
+FIRST = "of step 1"  # in names of numbers: gradients are those of this step too
 SAME = 1e-3  # how close a factor must be to 2, 1/2, a degree, to be called that
 
 Sizes = Mapping[str, "Distance"]  # name -> how far from the reference
@@ -163,6 +164,8 @@ class Comparison:
                 "look for another seed on a process, or a part drawn on its own. All else follows from that."
             ]
         gradients, losses = self.off("gradients"), self.off("losses")
+        if not gradients and self.off("weights"):  # what later steps show follows from the weights
+            losses = [row for row in losses if FIRST in row.name]
         lines = []
         if gradients:
             lines.append(self._first(gradients))
@@ -233,15 +236,23 @@ class Comparison:
         return f"{text}: the forward pass computes another function; {'; '.join(hints)}."
 
     def _later(self) -> list[str]:
-        if norms := self.off("norms"):
+        norms = [row for row in self.off("norms") if FIRST in row.name or not self.off("weights")]
+        if norms:
             row = norms[0]
             return [
                 f"{row.name} is {describe_factor(row.distance.factor)} times what it should be while every gradient "
                 "agrees: some elements are counted on several processes, or on none."
             ]
         lines = []
+        unlearned = {row.name for row in self.rows["gradients"] if not row.distance.norm}
         for kind in self.rows:
             if kind.startswith("weights") and (rows := self.off(kind)):
+                if states := [row for row in rows if row.name in unlearned]:
+                    lines.append(
+                        f"{states[0].name}: a state without a gradient, moved by what a step saw, is off"
+                        f"{_on(states[0])}: its update must be computed from the global batch, alike on all processes."
+                    )
+                    continue
                 row = rows[0]
                 lines.append(
                     f"{row.name}: {kind} are off{_on(row)} by {row.distance.relative:.1e} of the update (the first of "
