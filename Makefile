@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test test-fast lint format bench gpu-check clean
+.PHONY: quickstart test test-fast lint format bench bench-plan gpu-check clean
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -48,6 +48,9 @@ format: .venv/test
 
 bench: .venv/test
 	$(BIN)/python -m tests.bench
+
+bench-plan: .venv/test  # the planner against published runs
+	$(BIN)/python -m tests.bench.bench_plan
 
 gpu-check: .venv/test
 	$(BIN)/python -m tests.bench.gpu_check

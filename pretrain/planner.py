@@ -22,6 +22,7 @@ from pretrain.models import FAMILIES
 
 NEAREST = 64  # how far from an impossible number of GPUs a possible one is looked for
 MORE = (2, 4, 8, 16, 32, 64)  # times as many GPUs, tried where nothing fits
+BY_TOKENS = ("activations", "recomputed layer", "logits")  # terms of memory that a shorter sequence makes smaller
 KNOWN_SCHEDULES = ("1f1b", "gpipe", "interleaved1f1b")  # of which the search knows what they need
 
 
@@ -153,11 +154,12 @@ def _too_large(question: Question, smallest: Sized) -> str:
     roomy = [name for name, gpu in GPUS.items() if MARGIN * gpu.memory >= total]
     if roomy:
         cures.append(f"--gpu {min(roomy, key=lambda name: GPUS[name].memory)}")
-    cures.append("a shorter data.seq_len")
+    if largest in BY_TOKENS:
+        cures.append("a shorter data.seq_len")
     return (
         f"nothing fits into {space.gpus} x {space.gpu.name}: the smallest layout ({to_overrides(question, smallest)}) "
         f"needs {total / GIB:.1f} GiB a GPU, {over / GIB:.1f} GiB more than {100 * MARGIN:.0f} % of its "
-        f"{space.gpu.memory / GIB:.0f} GiB, most of it {largest}; take {' or '.join(cures)}"
+        f"{space.gpu.memory / GIB:.0f} GiB, most of it {largest}; take {' or '.join(cures) or 'a smaller model'}"
     )
 
 

@@ -18,6 +18,7 @@ from parallel.tensor import check_tensor
 
 MARGIN = 0.95  # of a GPU's memory that a plan may fill: predictions of memory are off by about as much
 CLOSE = 1.02  # layouts whose steps are no longer than this share of the fastest's are told apart by how simple they are
+COMPLEXITY = {"dp_shard": 1, "dp_replicate": 1, "tp": 2, "cp": 2, "ep": 2, "pp": 3}  # of an axis, to who runs it
 MAX_TP, MAX_CP = 16, 16
 MIN_TOKENS = 1024  # of a sequence on a process, below which cutting it further cannot pay
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -69,11 +70,10 @@ class Space:
         """All that are legal, in groups that differ in what is computed again only, fastest first. Pipelines may still
         be refused when stages are cut."""
         fixed = {name: self.pinned[name] for name in ("recompute_every", "expert_tp") if name in self.pinned}
+        most_cp = min(MAX_CP, max(1, self.shape.seq_len // MIN_TOKENS))
         for tp, cp in product(
             self.choices("tp", (d for d in divisors(self.gpus) if d <= min(MAX_TP, self.gpu.domain))),
-            self.choices(
-                "cp", (d for d in divisors(self.gpus) if d <= MAX_CP and self.shape.seq_len // d >= MIN_TOKENS)
-            ),
+            self.choices("cp", (d for d in divisors(self.gpus) if d <= most_cp)),
         ):
             for method in self.choices("cp_method", self.cp_methods if cp > 1 else self.cp_methods[:1]):
                 if not self._shareable(tp, cp, method):
@@ -193,14 +193,14 @@ def search(space: Space, program: Program, cut: Cut) -> tuple[list[Planned], Siz
 
 
 def in_order(found: list[Planned]) -> list[Planned]:
-    """Fastest first; but those that are about as fast as the fastest come in the order of how few axes they have."""
+    """Fastest first; but those that are about as fast as the fastest come in the order of how simple they are."""
     if not found:
         return []
     limit = CLOSE * min(planned.step.seconds for planned in found)
 
     def order(planned: Planned) -> tuple[bool, int, float]:
         layout, close = planned.layout, planned.step.seconds <= limit
-        axes = sum(d > 1 for d in (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp, layout.ep))
-        return not close, axes if close else 0, planned.step.seconds
+        weight = sum(size for axis, size in COMPLEXITY.items() if getattr(layout, axis) > 1)
+        return not close, weight if close else 0, planned.step.seconds
 
     return sorted(found, key=order)

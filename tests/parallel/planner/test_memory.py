@@ -34,7 +34,7 @@ MOE = [
 
 
 def config_of(recipe: str, degrees: dict[str, int], *more: str) -> RunConfig:
-    words = [f"parallel.{axis}={degree}" for axis, degree in ({axis: 1 for axis in AXES} | degrees).items()]
+    words = [f"parallel.{axis}={degree}" for axis, degree in (dict.fromkeys(AXES, 1) | degrees).items()]
     batch = 16 * degrees.get("dp_shard", 1) * degrees.get("dp_replicate", 1)
     common = ["train.compile=off", "train.micro_batch=1", f"train.global_batch={batch}", "train.recompute=none"]
     return resolve(recipe, [*words, *common, *more])[0]
