@@ -3,22 +3,28 @@
 import json
 import math
 import os
+import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from parallel.hardware import peak_memory
+from pretrain.router_health import Routed, RouterHealth
 
 Values = Mapping[str, Tensor | float]
+IMAGES = 10  # heat maps every so many points, less often once they are long
+ON_CONSOLE = ("balance_loss", "load_max", "dead")  # of the routers' figures
 
 
 class HostCopy:
@@ -33,17 +39,28 @@ class HostCopy:
         self._copied: torch.cuda.Event | None = None
         on_device = {k: v for k, v in self._values.items() if isinstance(v, Tensor) and v.is_cuda}
         if on_device:
-            stacked = torch.stack([value.double() for value in on_device.values()])
-            host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
-            host.copy_(stacked, non_blocking=True)
-            self._values |= dict(zip(on_device, host, strict=True))
+            joined = torch.cat([value.double().flatten() for value in on_device.values()])
+            host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
+            host.copy_(joined, non_blocking=True)
+            parts = host.split([value.numel() for value in on_device.values()])
+            self._values |= {k: part.view(on_device[k].shape) for k, part in zip(on_device, parts, strict=True)}
             self._copied = torch.cuda.Event()
             self._copied.record()
 
     def read(self) -> dict[str, float]:
+        """The scalars."""
+        self._wait()
+        scalars = {k: v for k, v in self._values.items() if not isinstance(v, Tensor) or v.ndim == 0}
+        return {k: v.item() if isinstance(v, Tensor) else v for k, v in scalars.items()}
+
+    def tables(self) -> dict[str, NDArray[np.float64]]:
+        """The tensors that have dims."""
+        self._wait()
+        return {k: v.double().numpy() for k, v in self._values.items() if isinstance(v, Tensor) and v.ndim > 0}
+
+    def _wait(self) -> None:
         if self._copied is not None:
             self._copied.synchronize()
-        return {k: v.item() if isinstance(v, Tensor) else v for k, v in self._values.items()}
 
 
 class Metrics:
@@ -63,6 +80,7 @@ class Metrics:
         device: whose memory is shown.
         every: console line and TensorBoard point every so many steps (and at the first and last).
         tensorboard: write TensorBoard scalars.
+        routers: reads what the routers of a mixture of experts did; None: the model has none.
         console: where lines go. A progress bar is drawn only on a terminal and outside CI.
     """
 
@@ -76,6 +94,7 @@ class Metrics:
         device: torch.device | str = "cpu",
         every: int = 10,
         tensorboard: bool = True,
+        routers: RouterHealth | None = None,
         console: Console | None = None,
     ):
         self.run_dir = run_dir
@@ -85,6 +104,8 @@ class Metrics:
         self.device = torch.device(device)
         self.every = every
         self.console = console or Console(highlight=False)
+        self.routers = routers
+        self._points = 0
         self._tensorboard = tensorboard
         self._pending: tuple[int, float, HostCopy] | None = None
         self._failed: set[str] = set()
@@ -98,6 +119,8 @@ class Metrics:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "metrics.jsonl"
         drop_after(path, done)
+        if self.routers is not None:
+            self.routers.restore(logged_loads(path))
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._writer: Any = None
         if self._tensorboard:
@@ -116,7 +139,7 @@ class Metrics:
             self._progress.start()
 
     def log(self, step: int, values: Values) -> None:
-        """Take step `step`'s numbers: `loss`, `lr`, `grad_norm`, ...; scalars or one-element tensors.
+        """Take step `step`'s numbers: `loss`, `lr`, `grad_norm`, ...; scalars, and what `RouterHealth.read` takes.
 
         Returns at once; the step before is written now. Adds `seconds` (wall clock since the last call) and
         `tokens_per_s`.
@@ -167,13 +190,37 @@ class Metrics:
         self._pending = None
         numbers = held.read()
         rate = self.tokens_per_step / max(seconds, 1e-9)
-        self._write_line(step, {**numbers, "seconds": round(seconds, 6), "tokens_per_s": round(rate, 1)})
+        due = step % self.every == 0 or step in (self._first, self._total)
+        routed = self.routers.read(held.tables()) if self.routers is not None else None
+        line = {**numbers, **_named(routed), "seconds": round(seconds, 6), "tokens_per_s": round(rate, 1)}
+        self._write_line(step, line, routed.rounded_load() if routed is not None and due else None)
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
-        if step % self.every == 0 or step in (self._first, self._total):
-            self._show(step, numbers)
+        if due:
+            self._show(step, numbers, _named(routed, ON_CONSOLE))
+            if routed is not None:
+                self._show_routers(step, routed)
 
-    def _show(self, step: int, numbers: dict[str, float]) -> None:
+    def _show_routers(self, step: int, routed: Routed) -> None:
+        """Warnings, and TensorBoard's points and images below `router/`."""
+        assert self.routers is not None
+        for text in self.routers.warnings(routed):
+            self.print(text)
+        self.routers.remember(routed)
+        self._points += 1
+        if self._writer is None:
+            return
+        points = {f"router/{name}": value for name, value in routed.overall.items()}
+        for name, values in routed.by_layer.items():
+            points |= {f"router/{name}/layer_{i}": v for i, v in zip(self.routers.layers, values, strict=True)}
+        self._write_points(step, points)
+        if self._points >= max(IMAGES, self.routers.points // 4) or step == self._total:
+            self._points = 0
+            with self._tolerate("tensorboard"):
+                for layer, png in self.routers.heat_maps():
+                    self._writer.file_writer.add_summary(_image(f"router/load/layer_{layer}", png), step)
+
+    def _show(self, step: int, numbers: dict[str, float], of_routers: dict[str, float]) -> None:
         """Console line and TensorBoard points; speed is the mean since the last ones."""
         seconds = max(self._last - self._window_start, 1e-9) / (step - self._window_done)
         self._window_start, self._window_done = self._last, step
@@ -184,13 +231,14 @@ class Metrics:
         self._write_points(step, shown)
         eta = timedelta(seconds=round((self._total - step) * seconds))
         width = len(str(self._total))
-        fields = [_field(k, v) for k, v in shown.items()]
+        fields = [_field(k, v) for k, v in {**numbers, **of_routers, **shown}.items()]
         self.print("  ".join([f"step {step:>{width}}/{self._total}", *fields, f"ETA {eta}"]))
 
-    def _write_line(self, step: int, numbers: dict[str, float]) -> None:
+    def _write_line(self, step: int, numbers: dict[str, float], load: list[list[float]] | None = None) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        loads = {} if load is None else {"router_load": load}
         with self._tolerate("metrics.jsonl"):
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.write(json.dumps({"step": step, **finite, **loads}) + "\n")
 
     @contextmanager
     def _tolerate(self, sink: str) -> Iterator[None]:
@@ -219,6 +267,16 @@ def drop_after(path: Path, done: int) -> None:
     kept.replace(path)
 
 
+def logged_loads(path: Path) -> Iterator[object]:
+    """What the metrics file `path` has under "router_load", oldest first."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if '"router_load"' in line:
+                yield json.loads(line)["router_load"]
+
+
 def step_of(line: str) -> int | None:
     """The step of one line of metrics.jsonl; None when the line is torn or no such line."""
     try:
@@ -228,6 +286,23 @@ def step_of(line: str) -> int | None:
     return step if isinstance(step, int) else None
 
 
+def _named(routed: Routed | None, only: Container[str] | None = None) -> dict[str, float]:
+    """The figures of routers as metrics.jsonl calls them."""
+    if routed is None:
+        return {}
+    chosen = {k: v for k, v in routed.overall.items() if only is None or k in only}
+    return {k if k.endswith("_loss") else f"router_{k}": v for k, v in chosen.items()}
+
+
+def _image(tag: str, png: bytes) -> Any:
+    """TensorBoard's record of an image. SummaryWriter.add_image would need Pillow."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    width, height = struct.unpack(">II", png[16:24])
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
+
+
 def _field(key: str, value: float) -> str:
     formats = {
         "loss": "loss {:.4f}",
@@ -235,6 +310,9 @@ def _field(key: str, value: float) -> str:
         "grad_norm": "grad norm {:.3f}",
         "tokens_per_s": "{:,.0f} tokens/s",
         "memory_gb": "{:.2f} GB",
+        "balance_loss": "balance {:.4f}",
+        "router_load_max": "load max/mean {:.2f}",
+        "router_dead": "dead {:.0f}",
     }
     if key == "mfu":
         return f"MFU {100 * value:.1f} %"

@@ -159,6 +159,8 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
         "Held-out bits per byte": lambda i, name: curve(i, "eval_bits_per_byte", name, "dots"),
         "Learning rate": lambda i, name: curve(i, "lr", name),
         "Gradient norm before clipping (log scale)": lambda i, name: noisy(i, "grad_norm", name),
+        "Router: fullest expert over mean": lambda i, name: noisy(i, "router_load_max", name),
+        "Router: experts without a row": lambda i, name: noisy(i, "router_dead", name),
         "Tokens per second": lambda i, name: noisy(i, "tokens_per_s", name),
     }
     steps = [x for run in runs for points in run.metrics.values() for x in (points[0][0], points[-1][0])]

@@ -33,6 +33,7 @@ from pretrain.metrics import HostCopy, Metrics
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
 from pretrain.optim import build_optimizer
+from pretrain.router_health import RouterHealth
 from pretrain.schedule import learning_rate
 
 
@@ -331,9 +332,18 @@ def start_metrics(config: RunConfig, world: World, position: Position) -> Metric
         device=world.device,
         every=config.log.every,
         tensorboard=config.log.tensorboard,
+        routers=router_health(config),
     )
     metrics.start(position.step, config.train.steps)
     return metrics
+
+
+def router_health(config: RunConfig) -> RouterHealth | None:
+    """None for a model without experts."""
+    if config.model.moe is None:
+        return None
+    layers = [layer for layer in range(config.model.layers) if config.model.sparse(layer)]
+    return RouterHealth(config.model.moe, layers, config.train.global_batch * config.data.seq_len, config.data.seq_len)
 
 
 @contextmanager
