@@ -3,7 +3,8 @@
 Shape letters: T tokens, H hidden, F width of an expert, E experts, K experts a token takes, N rows.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -61,22 +62,14 @@ def grouped(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[T
 def bucketed(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """Batched products over experts with about as many rows, padded to the fullest of them."""
     rows = counts.tolist()
-    buckets = make_buckets(rows)
-    if len(buckets) == 1 and min(rows) == max(rows):
-        return _batched(x.view(len(rows), rows[0], x.shape[-1]), weights, activation).flatten(0, 1)
-    starts = (counts.cumsum(0) - counts).tolist()
+    if min(rows) == max(rows):
+        return _batched(x.view(len(rows), rows[0], x.shape[1]), weights, activation).flatten(0, 1)
+    padding = _Padding(rows, x.device)
     found = []
-    for bucket in buckets:
-        most = max(rows[expert] for expert in bucket)
-        chosen = torch.tensor(bucket, device=x.device)
-        own = torch.cat([torch.arange(starts[e], starts[e] + rows[e], device=x.device) for e in bucket])
-        places = torch.cat([torch.arange(n * most, n * most + rows[e], device=x.device) for n, e in enumerate(bucket)])
-        padded = _Move.apply(x, own, places, len(bucket) * most).view(len(bucket), most, x.shape[1])
-        part = (weights[0][chosen], weights[1][chosen], weights[2][chosen]) if len(buckets) > 1 else weights
-        found.append((_batched(padded, part, activation).flatten(0, 1), places, own))
-    if len(found) == 1:
-        return _Move.apply(found[0][0], found[0][1], found[0][2], len(x))
-    return torch.stack([_Move.apply(y, places, own, len(x)) for y, places, own in found]).sum(0)
+    for bucket, padded in zip(padding.buckets, _Pad.apply(x, padding), strict=True):
+        own = weights if len(bucket) == len(rows) else _pick(weights, torch.tensor(bucket, device=x.device))
+        found.append(_batched(padded.view(len(bucket), -1, x.shape[1]), own, activation).flatten(0, 1))
+    return _Unpad.apply(padding, *found)
 
 
 def make_buckets(rows: list[int]) -> list[list[int]]:
@@ -101,6 +94,11 @@ def loop(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[Tens
     return torch.cat(found)
 
 
+def _pick(weights: Weights, experts: Tensor) -> Weights:
+    gate, up, down = (weight.index_select(0, experts) for weight in weights)
+    return gate, up, down
+
+
 def _batched(x: Tensor, weights: Weights, activation: Callable[[Tensor], Tensor]) -> Tensor:
     gate, up, down = (weight.transpose(1, 2) for weight in weights)
     return (activation(x @ gate) * (x @ up)) @ down
@@ -109,21 +107,59 @@ def _batched(x: Tensor, weights: Weights, activation: Callable[[Tensor], Tensor]
 METHODS: dict[str, Compute] = {"grouped": grouped, "bucketed": bucketed, "loop": loop}
 
 
-class _Move(torch.autograd.Function):
-    """x [N, H]: rows `source` of it stand at rows `target` of the result [rows, H], zeros elsewhere."""
+class _Padding:
+    """Which row stands where. take: for each bucket, the row at each place; places: where the rows are among them;
+    pads: places that are none's, at which some row stands for nothing. back: where each row is, buckets in line."""
+
+    def __init__(self, rows: list[int], device: torch.device):
+        self.buckets = [bucket for bucket in make_buckets(rows) if any(rows[expert] for expert in bucket)]
+        starts = list(itertools.accumulate(rows, initial=0))
+        self.take, self.places, self.pads = [], [], []
+        for bucket in self.buckets:
+            most = max(rows[expert] for expert in bucket)
+            first, real = (torch.tensor([of[e] for e in bucket])[:, None] for of in (starts, rows))
+            place = torch.arange(most)
+            there = (place < real).flatten()
+            self.take.append((first + place.expand_as(first + place)).flatten().where(there, first[0]).to(device))
+            self.places.append(there.nonzero()[:, 0].to(device))
+            self.pads.append((~there).nonzero()[:, 0].to(device))
+        self.back: Tensor | None = None
+        if len(self.buckets) > 1:
+            line = torch.cat([take[places] for take, places in zip(self.take, self.places, strict=True)])
+            self.back = torch.empty_like(line).index_copy_(0, line, torch.arange(len(line), device=device))
+
+    def gather(self, padded: Sequence[Tensor]) -> Tensor:
+        """Of padded buckets their rows, in the order of experts."""
+        found = [part.index_select(0, places) for part, places in zip(padded, self.places, strict=True)]
+        return found[0] if self.back is None else torch.cat(found).index_select(0, self.back)
+
+
+class _Pad(torch.autograd.Function):
+    """x [N, H] -> buckets [places, H]. What stands at pads must get no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(source, target)
-        ctx.rows = len(x)
-        return x.new_zeros(rows, x.shape[1]).index_copy_(0, target, x.index_select(0, source))
+    def forward(ctx: Any, x: Tensor, padding: _Padding) -> tuple[Tensor, ...]:
+        ctx.padding = padding
+        return tuple(x.index_select(0, take) for take in padding.take)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        source, target = ctx.saved_tensors
-        (grad,) = grads
-        out = grad.new_zeros(ctx.rows, grad.shape[1])
-        return out.index_copy_(0, source, grad.index_select(0, target)), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.padding.gather(grads), None
+
+
+class _Unpad(torch.autograd.Function):
+    """Buckets [places, H] -> rows [N, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, padding: _Padding, *padded: Tensor) -> Tensor:
+        ctx.padding = padding
+        return padding.gather(padded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        padding: _Padding = ctx.padding
+        parts = zip(padding.take, padding.pads, strict=True)
+        return None, *(grads[0].index_select(0, take).index_fill_(0, pads, 0.0) for take, pads in parts)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -135,22 +171,30 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (slots,) = ctx.saved_tensors
-        return _at(grads[0], slots).sum(1), None, None
+        rows = _with_zeros(grads[0], slots)
+        out = rows.index_select(0, slots[:, 0])
+        for k in range(1, slots.shape[1]):
+            out += rows.index_select(0, slots[:, k])
+        return out, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, token: Tensor, slots: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight, token, slots)
-        return (_at(rows, slots) * weight.to(rows.dtype)[..., None]).sum(1)
+        rows, weight = _with_zeros(rows, slots), weight.to(rows.dtype)
+        out = rows.index_select(0, slots[:, 0]) * weight[:, :1]
+        for k in range(1, slots.shape[1]):
+            out.addcmul_(rows.index_select(0, slots[:, k]), weight[:, k : k + 1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, weight, token, slots = ctx.saved_tensors
-        (grad,) = grads
-        for_weight = (_at(rows, slots) * grad[:, None]).sum(-1, dtype=weight.dtype)
-        by_row = weight.new_zeros(len(rows) + 1).index_copy_(0, slots.flatten(), weight.flatten())[:-1]
-        return grad.index_select(0, token) * by_row.to(grad.dtype)[:, None], for_weight, None, None
+        of_rows = grads[0].index_select(0, token)
+        for_weight = _with_zeros((rows * of_rows).sum(-1, dtype=weight.dtype), slots)[slots]
+        by_row = weight.new_empty(len(rows) + 1).index_copy_(0, slots.flatten(), weight.flatten())[:-1]
+        return of_rows.mul_(by_row.to(of_rows.dtype)[:, None]), for_weight, None, None
 
 
 def dispatch(x: Tensor, token: Tensor, slots: Tensor) -> Tensor:
@@ -163,8 +207,6 @@ def combine(rows: Tensor, weight: Tensor, token: Tensor, slots: Tensor) -> Tenso
     return _Combine.apply(rows, weight, token, slots)
 
 
-def _at(rows: Tensor, slots: Tensor) -> Tensor:
-    """rows [N, H], slots [T, K] -> [T, K, H], zeros where a slot is N."""
-    if slots.numel() != len(rows):
-        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-    return rows.index_select(0, slots.flatten()).unflatten(0, slots.shape)
+def _with_zeros(rows: Tensor, slots: Tensor) -> Tensor:
+    """A zero after the rows, for slots of what was dropped."""
+    return rows if slots.numel() == len(rows) else torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
