@@ -3,13 +3,15 @@
 Load is rows over the mean of the layer: 1 for every expert where it is even. Shape letters: L sparse layers, E experts.
 """
 
+import json
 import math
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from pretrain.models.layers.moe import MoE
 Array = NDArray[np.float64]
 
 POINTS = 256  # rows of a heat map at most
+SIDE = 128  # pixels, about, of a heat map with fewer rows or columns
 COLLAPSED, RECOVERED = 0.9, 0.8  # share of rows that the top_k fullest experts take
 FEWEST = 8  # rows an expert gets on average, below which an empty one says nothing
 WIDEST = 4.0  # load at which the colours end; 1 / WIDEST at the other end
@@ -112,15 +115,15 @@ class RouterHealth:
             return 'set model.moe.balance = "global" with a balance_weight, or model.moe.bias = true'
         return f"raise model.moe.balance_weight ({moe.balance_weight:g}), or lower optim.lr"
 
-    def restore(self, loads: Iterable[object]) -> None:
-        """Loads of earlier points, oldest first; those of another shape are left out."""
-        for load in loads:
-            try:
-                point = np.asarray(load, dtype=np.float32)
-            except (TypeError, ValueError):
-                continue
-            if point.shape == (len(self.layers), self.moe.experts):
-                self._history.append(point)
+    def restore(self, path: Path) -> None:
+        """Rows of the heat maps from a metrics file, if it is there; those of other layers or experts are left out."""
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                load = json.loads(line)["router_load"] if '"router_load"' in line else []
+                if [len(row) for row in load] == [self.moe.experts] * len(self.layers):
+                    self._history.append(np.array(load, dtype=np.float32))
 
     def remember(self, routed: Routed) -> None:
         """Another row of the heat maps."""
@@ -137,8 +140,8 @@ class RouterHealth:
         """
         history = np.stack(self._history, 1)
         for layer, loads in zip(self.layers, history, strict=True):
-            pixels = _colour(loads).repeat(2, 0).repeat(max(1, POINTS // loads.shape[1]), 1)
-            yield layer, _png(pixels)
+            rows, columns = (max(1, SIDE // size) for size in loads.shape)
+            yield layer, _png(_colour(loads).repeat(rows, 0).repeat(columns, 1))
 
 
 _OVERALL: dict[str, Callable[[Array], np.floating[Any]]] = {
@@ -190,3 +193,12 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
     lines = np.pad(pixels, ((0, 0), (1, 0))).tobytes()  # each begins with its filter: none
     parts = ((b"IHDR", header), (b"PLTE", _palette()), (b"IDAT", zlib.compress(lines, 6)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def image_record(tag: str, png: bytes) -> Any:
+    """TensorBoard's record of an image. SummaryWriter.add_image would need Pillow."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    width, height = struct.unpack(">II", png[16:24])
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])

@@ -11,7 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain import metrics as module
-from pretrain.metrics import Metrics
+from pretrain.metrics import HostCopy, Metrics
 
 
 class Clock:
@@ -166,3 +166,20 @@ def test_tensorboard_reads_back_and_forgets_steps_that_ran_again(tmp_path: Path,
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (4, 40.0)]
     assert events.Scalars("tokens_per_s")[1].value == 2000
     assert events.Scalars("eval_loss") == []
+
+
+def test_scalars_and_tables_are_told_apart_by_dims() -> None:
+    held = HostCopy({"loss": torch.tensor(2.0), "lr": 0.1, "one": torch.tensor([3.0]), "rows": torch.ones(2, 3)})
+    assert held.read() == {"loss": 2.0, "lr": 0.1}
+    assert {name: table.shape for name, table in held.tables().items()} == {"one": (1,), "rows": (2, 3)}
+
+
+def test_a_dense_model_says_nothing_of_routers(tmp_path: Path, clock: Clock) -> None:
+    run = Run(tmp_path, clock, tensorboard=True)
+    run.metrics.start(0, 2)
+    run.steps(1, 2)
+    run.metrics.close()
+    assert all(list(line) == ["step", "loss", "lr", "seconds", "tokens_per_s"] for line in run.lines())
+    assert run.text.getvalue().splitlines()[0].startswith("step 1/2  loss 1.0000  lr 1.00e-01  2,000 tokens/s  ")
+    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
+    assert set(tags["scalars"]) == {"loss", "lr", "tokens_per_s", "memory_gb"} and not tags["images"]
