@@ -3,7 +3,16 @@
 import subprocess
 import sys
 
-BENCHES = ("bench_train", "bench_start", "bench_loader", "bench_build", "bench_export", "bench_checkpoint")
+BENCHES = (
+    "bench_train",
+    "bench_parallel",
+    "bench_moe",
+    "bench_start",
+    "bench_loader",
+    "bench_build",
+    "bench_export",
+    "bench_checkpoint",
+)
 
 if __name__ == "__main__":
     failed = []
