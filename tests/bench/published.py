@@ -121,7 +121,9 @@ def to_run(row: Row) -> Run:
     stages = [range(count * rank // pp, count * (rank + 1) // pp) for rank in range(pp)]
     parts = parts_of(shape, stages, pp, layout.schedule)
     setting = Setting(shape, layout, program, gpu, round(batch), parts)
-    return Run(row, setting, _speed(row, shape, gpus, batch), _memory(row), _allocated(row))
+    # Megatron logs what the allocator has given out (mem-max-allocated); others what is taken from the GPU.
+    allocated = "allocated" in row["notes"] or row["source"].startswith("megatron")
+    return Run(row, setting, _speed(row, setting, gpus), _memory(row), allocated)
 
 
 def _dims(row: Row) -> dict[str, float]:
@@ -254,8 +256,7 @@ def _program(row: Row) -> tuple[Program, str, int]:
     base = PROGRAMS.get(row["source"])
     if base is None:
         base = PROGRAMS["torchtitan"] if "fsdp" in schedule else MEGATRON
-    compute = "fp4" if "fp4" in text else "fp8" if "fp8" in text or "float8" in text else "bf16"
-    base = replace(base, compute=compute)
+    base = replace(base, compute="fp4" if "fp4" in text else "fp8" if re.search("fp8|float8", text) else "bf16")
     if "pure" in text:  # bf16 parameters, gradients and moments
         base = replace(base, weight=2, gradient=2, state=4)
     if "fp32 grad" in text:
@@ -271,20 +272,20 @@ def _program(row: Row) -> tuple[Program, str, int]:
     said = row["activation_ckpt"].lower()
     if "every 2nd" in said:
         return replace(base, matmul_share=1.0), "full", 2
-    recompute = "full" if said == "full" else "selective" if "selective" in said else "none"
     if row["source"] == "torchtitan" and not said:
-        recompute = "selective"  # the config's default
-    return base, recompute, 1
+        return base, "selective", 1  # the config's default
+    return base, "full" if said == "full" else "selective" if "selective" in said else "none", 1
 
 
-def _speed(row: Row, shape: ModelShape, gpus: int, batch: float) -> float | None:
+def _speed(row: Row, setting: Setting, gpus: int) -> float | None:
+    shape = setting.shape
     if row["tokens_per_s_per_gpu"]:
         return float(row["tokens_per_s_per_gpu"])
     if row["step_time_s"]:
-        return batch * shape.seq_len / float(row["step_time_s"]) / gpus
-    if not row["tflops_per_gpu"]:
-        return None
+        return setting.global_batch * shape.seq_len / float(row["step_time_s"]) / gpus
     flops = shape.flops_per_token
+    if not row["tflops_per_gpu"]:
+        return float(row["mfu"]) / 100 * setting.gpu.peak_bf16 / flops if row["mfu"] else None
     if "x4" in row["notes"]:  # hardware FLOPs, Megatron's formula: 96 B s l h^2 (1 + s / 6 h + V / 16 l h)
         h, layers, s = shape.hidden, len(shape.layers), shape.seq_len
         flops = 96.0 * layers * h * h * (1 + s / (6 * h) + shape.vocab / (16 * layers * h))
@@ -297,8 +298,3 @@ def _memory(row: Row) -> float | None:
         return None
     # Megatron logs 1e9 bytes as a GB; other programs, and nvidia-smi, 2**30.
     return float(row["memory_GiB_per_gpu"]) * (1e9 / 2**30 if row["source"].startswith("megatron") else 1)
-
-
-def _allocated(row: Row) -> bool:
-    """Megatron logs what the allocator has given out (mem-max-allocated); others what is taken from the GPU."""
-    return "allocated" in row["notes"] or row["source"].startswith("megatron")
