@@ -19,7 +19,7 @@ from typing import Any
 
 from checkpoints.collective import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of manifests with a lineage; without one they stay as version 1 was
 MANIFEST, STATE = "manifest.json", "state.json"
 PARTS = ("model", "optimizer")
 Progress = Callable[[int], None]  # called with the number of bytes just read
@@ -42,20 +42,47 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """A checkpoint that this one was derived from, and how."""
+
+    operation: str
+    arguments: dict[str, Any]
+    path: str  # of the checkpoint, as it was given
+    step: int
+    manifest: str  # its manifest's checksum, 8 hexadecimal digits
+
+    def __str__(self) -> str:
+        arguments = " ".join(f"{key}={json.dumps(value)}" for key, value in self.arguments.items())
+        return f"{self.operation} of {self.path} (manifest {self.manifest}): {arguments}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     step: int
     created: str  # UTC, ISO 8601
     tensors: dict[str, dict[str, TensorEntry]]  # part -> name -> entry
     ties: dict[str, str]  # model tensor that is not stored -> the stored one that it is
     files: dict[str, FileEntry]  # path inside the checkpoint -> entry; the manifest itself is not among them
+    lineage: tuple[Origin, ...] = ()  # oldest first; empty for a model that was trained from initial weights
 
     @property
     def num_bytes(self) -> int:
         return sum(entry.bytes for entry in self.files.values())
 
+    @property
+    def digest(self) -> str:
+        """The checksum that the file carries, 8 hexadecimal digits."""
+        return _digest(_text(self._body()))
+
     def encode(self) -> bytes:
+        return _text(self._body() | {"crc32": self.digest})
+
+    def _body(self) -> dict[str, Any]:
         body = {"format_version": FORMAT_VERSION, **asdict(self)}
-        return _text(body | {"crc32": _digest(_text(body))})
+        if not self.lineage:  # as it was written before there was one
+            del body["lineage"]
+            body["format_version"] = 1
+        return body
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -92,6 +119,7 @@ class Manifest:
                 },
                 ties=body["ties"],
                 files={name: FileEntry(**entry) for name, entry in body["files"].items()},
+                lineage=tuple(Origin(**entry) for entry in body.get("lineage", ())),
             )
             sound = manifest.encode() == raw  # also compares the checksum
         except (KeyError, TypeError, AttributeError):

@@ -25,6 +25,7 @@ from checkpoints.manifest import (
     STATE,
     FileEntry,
     Manifest,
+    Origin,
     Progress,
     TensorEntry,
     checksum,
@@ -50,6 +51,7 @@ class CheckpointInfo:
     bytes: int  # of all files but the manifest; 0 where there is no sound manifest
     created: str  # UTC, ISO 8601; empty where there is no sound manifest
     problem: str | None  # the first reason why it is not whole, None if it is; contents are not read for this
+    lineage: tuple[Origin, ...] = ()  # what it was derived from, oldest first
 
 
 class CheckpointStore:
@@ -68,6 +70,7 @@ class CheckpointStore:
             raise ValueError(f"checkpoint.keep_every = {keep_every}: must be at least 1 step, or left out")
         self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
         self._ranks: Ranks | None = None
+        self._lineage: tuple[Origin, ...] = ()  # of what was loaded: what is trained on from it keeps it
 
     def save(
         self,
@@ -121,7 +124,7 @@ class CheckpointStore:
                 entries[STATE] = write_durably(temp / STATE, json.dumps(full_state, indent=1).encode())
                 tied = tie_targets([reply["ties"] for reply in replies], tensors["model"])
                 created = datetime.now(UTC).isoformat(timespec="seconds")
-                self._commit(temp, final, Manifest(step, created, tensors, tied, entries))
+                self._commit(temp, final, Manifest(step, created, tensors, tied, entries, self._lineage))
 
             ranks.on_first(commit)
         except (OSError, ValueError) as error:
@@ -167,6 +170,7 @@ class CheckpointStore:
                 read_shards(path / part, {ties[name]: t for name, t in tensors.items() if name in ties})
 
         ranks.together(read)
+        self._lineage = manifest.lineage
         state: dict[str, Any] = ranks.everywhere(lambda: json.loads((path / STATE).read_bytes()))
         return state
 
@@ -192,7 +196,9 @@ class CheckpointStore:
                 infos.append(CheckpointInfo(step, path, 0, "", str(error)))
             else:
                 problem = next(iter(manifest.size_problems(path)), None)
-                infos.append(CheckpointInfo(step, path, manifest.num_bytes, manifest.created, problem))
+                infos.append(
+                    CheckpointInfo(step, path, manifest.num_bytes, manifest.created, problem, manifest.lineage)
+                )
         return infos
 
     def verify(self, step: int, progress: Progress | None = None) -> Problems:

@@ -5,35 +5,20 @@ import:  folder      ->  .tmp-step-00000000/ (weights, state, manifest)   ->  re
 """
 
 import json
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoints.collective import CheckpointError, explain
+from checkpoints.derived import new_checkpoint, new_folder
 from checkpoints.hf.brand import Brand, Config
 from checkpoints.hf.folder import Kept, read_config, write_config
 from checkpoints.hf.ops import Shapes, Step, bind, first_few, match
 from checkpoints.hf.tokenizer import copy_tokenizer, settle_tokenizer
-from checkpoints.manifest import (
-    MANIFEST,
-    PARTS,
-    STATE,
-    FileEntry,
-    Manifest,
-    Progress,
-    TensorEntry,
-    checksum,
-    fsync,
-    write_durably,
-)
-from checkpoints.shards import dtype_name
+from checkpoints.manifest import Progress
 from checkpoints.tensors import (
     INDEX,
     SINGLE,
@@ -46,7 +31,6 @@ from checkpoints.tensors import (
     split_files,
 )
 
-IMPORT_FILE_SIZE = "50GB"
 Prove = Callable[[Path], None]  # raises ValueError where the exported folder is not the native model
 
 
@@ -138,21 +122,12 @@ def import_(
         for step in steps
         for name, shape in zip(step.native, step.native_shapes, strict=True)
     }
-    parts = split_files(infos, parse_size(IMPORT_FILE_SIZE))
-    layout = {f"rank-{index:05d}.safetensors": part for index, part in enumerate(parts)}
-    final = checkpoints / "step-00000000"
-    with new_folder(final) as temp:
-        for part in PARTS:
-            (temp / part).mkdir()
-        with TensorWriter(
-            temp / "model", layout, {file: _dcp_metadata(part) for file, part in layout.items()}
-        ) as writer:
-            for step in steps:
-                _import_step(model.tensors, step, names, writer)
-                if progress is not None:
-                    progress(sum(model.tensors.infos[names[name]].num_bytes for name in step.hf))
-        _write_manifest(temp, infos, ties, [f"model/{file}" for file in layout])
-    return final
+    with new_checkpoint(checkpoints, infos, ties) as writer:
+        for step in steps:
+            _import_step(model.tensors, step, names, writer)
+            if progress is not None:
+                progress(sum(model.tensors.infos[names[name]].num_bytes for name in step.hf))
+    return checkpoints / "step-00000000"
 
 
 def match_names(model: HfModel, steps: list[Step], ties: dict[str, str]) -> dict[str, str]:
@@ -243,47 +218,3 @@ def _hf_layout(
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return files, {file: {"format": "pt"} for file in files}
-
-
-def _dcp_metadata(tensors: dict[str, TensorInfo]) -> dict[str, str]:
-    """The header texts of a file that holds whole tensors, for `torch.distributed.checkpoint`."""
-    offsets = {name: {"saved_offsets": [0] * len(info.shape)} for name, info in tensors.items()}
-    return {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
-
-
-def _write_manifest(folder: Path, infos: dict[str, TensorInfo], ties: dict[str, str], files: list[str]) -> None:
-    entries = {name: FileEntry((folder / name).stat().st_size, checksum(folder / name)) for name in files}
-    entries[STATE] = write_durably(folder / STATE, json.dumps({"step": 0, "ranks": [None]}, indent=1).encode())
-    tensors = {name: TensorEntry(list(info.shape), dtype_name(info.dtype)) for name, info in infos.items()}
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest = Manifest(0, created, {"model": tensors, "optimizer": {}}, ties, entries)
-    write_durably(folder / MANIFEST, manifest.encode())
-    for part in PARTS:
-        fsync(folder / part)
-
-
-@contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """A folder that gets the name `final` once its content is whole, and is gone if anything fails before.
-
-    Raises ValueError where `final` exists and is not empty, CheckpointError for what the system refuses.
-    """
-    final = final.absolute()
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise ValueError(f"{final} exists and is not empty: give a new folder")
-    temp = final.parent / f".tmp-{final.name}"
-    shutil.rmtree(temp, ignore_errors=True)  # left by a killed process
-    temp.mkdir(parents=True)
-    try:
-        yield temp
-        for path in temp.iterdir():
-            if path.is_file():
-                fsync(path)
-        fsync(temp)
-        temp.rename(final)
-        fsync(final.parent)
-    except BaseException as error:
-        shutil.rmtree(temp, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise CheckpointError(f"{final} was not written: {explain(error)[1]}") from error
-        raise

@@ -13,10 +13,14 @@ from launch.progress import progress_bar
 def list_(args: argparse.Namespace) -> None:
     """A table of the run's checkpoints."""
     table = Table("step", "size", "saved (UTC)", "state", box=None, header_style="bold")
-    for info in _checkpoints(args.run):
+    infos = _checkpoints(args.run)
+    for info in infos:
         size = f"{info.bytes / 1e6:,.1f} MB"
         table.add_row(str(info.step), size, info.created, info.problem or "whole")
-    Console(soft_wrap=True).print(table)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    for line in _lineage(infos[-1]):
+        console.print(line, markup=False)
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -35,7 +39,14 @@ def verify(args: argparse.Namespace) -> int:
             damaged += bool(problems)
             for line in problems or ["whole"]:
                 console.print(f"step {info.step}: {line}")
+            for line in _lineage(info):
+                console.print(f"step {info.step}: {line}", markup=False)
     return 1 if damaged else 0
+
+
+def _lineage(info: CheckpointInfo) -> list[str]:
+    """What a checkpoint was derived from, newest first."""
+    return [f"derived by {origin}" for origin in reversed(info.lineage)]
 
 
 def _checkpoints(run: str) -> list[CheckpointInfo]:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from checkpoints.derived import new_folder
 from checkpoints.hf import convert
 from checkpoints.hf.brand import Brand, choose_brand
 from checkpoints.hf.folder import KEPT, Kept
@@ -84,7 +85,7 @@ def import_(args: argparse.Namespace) -> None:
     """Make a run out of a Hugging Face folder: config, tokenizer, and a checkpoint of step 0 without optimizer."""
     folder, run_dir = Path(args.model), Path(args.run)
     brands = {name: brand for family in FAMILIES.values() for name, brand in family.hf.items()}
-    with convert.new_folder(run_dir) as temp:
+    with new_folder(run_dir) as temp:
         model = convert.look_at(folder, brands)
         seq_len = min(512, model.config["max_seq_len"])
         tree = {"run": {"dir": str(run_dir)}, "model": model.config, "data": {"seq_len": seq_len}}

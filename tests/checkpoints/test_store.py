@@ -228,8 +228,8 @@ def test_damaged_checkpoints_are_refused_and_passed_over(store: CheckpointStore,
 
 def test_a_newer_format_is_refused_with_the_cure(store: CheckpointStore):
     path = save(store, 5) / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(CheckpointError, match=r"format_version 2, this program reads up to 1: upgrade"):
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 3'))
+    with pytest.raises(CheckpointError, match=r"format_version 3, this program reads up to 2: upgrade"):
         store.load(5, make_model(0.0))
 
 
