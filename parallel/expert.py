@@ -168,38 +168,46 @@ class _Unpermute(torch.autograd.Function):
 class Routers:
     """The routers of all layers: their share of the loss, what they saw, their state.
 
-    names: of the routing modules of the whole model; models: what this process holds of it.
+    routing: modules of the whole model, by name; models: what this process holds of it.
     """
 
     SUMS = ("router_entropy", "router_dropped", "balance_loss", "z_loss")
 
-    def __init__(self, names: list[str], models: Iterable[nn.Module], experts: int, device: torch.device):
+    def __init__(self, routing: Mapping[str, Any], models: Iterable[nn.Module], experts: int, device: torch.device):
         held = {name: module for model in models for name, module in model.named_modules()}
-        self.names = names
+        self.names = names = list(routing)
+        self.biased = any(module.bias is not None for module in routing.values())
         self.held: Mapping[str, Any] = {name: held[name] for name in names if name in held}
         self.table = torch.zeros(len(names), experts + len(self.SUMS), dtype=torch.float64, device=device)
-        for routing in self.held.values():
-            routing.load = torch.full((experts,), 1 / experts, dtype=torch.float64, device=device)
+        for own in self.held.values():
+            own.load = torch.full((experts,), 1 / experts, dtype=torch.float64, device=device)
 
     def begin(self, share: Tensor) -> None:
         """share: of a sum over tokens in the loss."""
         for routing in self.held.values():
             routing.begin(share)
 
-    def collect(self) -> Sums:
-        """Sums over all processes of what the routers saw since `begin`: rows of each expert [layers, E], the others
-        [layers]; no row of zeros for a layer of another pipeline stage. Collective.
+    def collect(self, count: Tensor) -> Sums:
+        """What the routers saw since `begin`, over all processes and divided by `count`: rows of each expert
+        [layers, E], the others [layers]; and "router_bias", 2-norms [layers], where routers have one. Collective.
         """
         if not self.names:
             return {}
         self.table.zero_()
-        for row, name in zip(self.table, self.names, strict=True):
-            if name in self.held and self.held[name].seen is not None:
-                row.copy_(self.held[name].seen)
+        norms = torch.zeros(len(self.names), 2, dtype=torch.float64, device=self.table.device)  # sum, over how many
+        for row, norm, name in zip(self.table, norms, self.names, strict=True):
+            routing = self.held.get(name)
+            if routing is not None and routing.seen is not None:
+                row.copy_(routing.seen)
+            if routing is not None and routing.bias is not None:
+                norm += torch.stack([routing.bias.double().norm(), norm.new_ones(())])
+        everything = torch.cat([self.table, norms], 1)
         if dist.is_initialized():
-            dist.all_reduce(self.table)
+            dist.all_reduce(everything)
+        self.table, norms = everything[:, :-2], everything[:, -2:]
         rows, sums = self.table[:, : -len(self.SUMS)], self.table[:, -len(self.SUMS) :]
-        return {"router_rows": rows.clone(), **dict(zip(self.SUMS, sums.clone().unbind(1), strict=True))}
+        found = {"router_rows": rows / count, **dict(zip(self.SUMS, (sums / count).unbind(1), strict=True))}
+        return found | ({"router_bias": norms[:, 0] / norms[:, 1]} if self.biased else {})
 
     def settle(self) -> None:
         """After the optimizer's step: biases move by the load of the global batch."""

@@ -60,9 +60,9 @@ def cut_stages(spec: EngineSpec, mesh: Mesh | None) -> list[range]:
     return stages
 
 
-def module_names(spec: EngineSpec, pattern: str) -> list[str]:
-    """Names that `pattern` has in the whole model; none for an empty pattern."""
-    return list(match_modules(_build(spec), pattern)) if pattern else []
+def modules_on_meta(spec: EngineSpec, pattern: str) -> dict[str, nn.Module]:
+    """What `pattern` matches in the whole model; nothing for an empty pattern."""
+    return match_modules(_build(spec), pattern) if pattern else {}
 
 
 def _build(spec: EngineSpec) -> Any:

@@ -17,7 +17,7 @@ from parallel.gradients import clip, settle, total_norm
 from parallel.materialise import name_stages
 from parallel.mesh import Mesh, resolve_degrees
 from parallel.optimizer_state import optimizer_state, set_lr
-from parallel.parallelize import module_names, parallelize
+from parallel.parallelize import modules_on_meta, parallelize
 from parallel.pipeline import Pipeline
 from parallel.tensor import check_tensor
 from parallel.world import World
@@ -47,7 +47,7 @@ class NativeEngine:
         self._named = name_stages((stage.model for stage in self.stages.values()), spec.plan.tied)
         self.optimizer = spec.make_optimizer(self._parameters())
         models = [stage.model for stage in self.stages.values()]
-        self._routers = Routers(module_names(spec, spec.plan.routing), models, spec.plan.experts, world.device)
+        self._routers = Routers(modules_on_meta(spec, spec.plan.routing), models, spec.plan.experts, world.device)
 
     def forward_backward(self, microbatches: list[Batch], count: Tensor) -> Sums:
         self._routers.begin(1 / count)
@@ -60,8 +60,8 @@ class NativeEngine:
             for copy, original in self._tied.items():
                 held = self._named.tensors.get(original) if 0 in self.stages else None
                 self.pipeline.sum_tied(held, self._named.copies.get(copy))
-        sums = self._reduce(totals) | self._routers.collect()
-        return {name: value / count for name, value in sums.items()}
+        sums = {name: value / count for name, value in self._reduce(totals).items()}
+        return sums | self._routers.collect(count)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Batch]) -> Sums:
