@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
 
 from parallel.ring import ring_attention
 from parallel.ring_plan import chunks_of
@@ -103,14 +104,17 @@ def _enough_heads(x: Tensor, cp: int) -> Tensor:
 def _ring(core: Any, group: str, rank: int, cp: int) -> Callable[..., Tensor]:
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         q, k, v = _computed_in(q, k, v)
-        _check_ring(q, v, mask, cp)
+        _check_ring(q, mask, cp)
         B, S, _, D = q.shape
+        V = v.shape[-1]
+        q, k, v = (_widen(x, max(D, V)) for x in (q, k, v))
         if mask.documents is None:
             bounds = torch.arange(0, (B + 1) * S * cp, S * cp, dtype=torch.int32)
         else:
             bounds = mask.boundaries().cu_seqlens
         scale = D**-0.5 if core.scale is None else core.scale
         out = ring_attention(q, k, v, bounds, causal=mask.causal, window=mask.window, scale=float(scale), group=group)
+        out = out[..., :V]
         if mask.documents is not None and (mask.packing is None or mask.packing.has_padding):
             padding = split_sequence(mask.documents, 1, rank, cp, "ring") < 0
             out = out.masked_fill(padding[:, :, None, None], 0.0)
@@ -119,12 +123,15 @@ def _ring(core: Any, group: str, rank: int, cp: int) -> Callable[..., Tensor]:
     return forward
 
 
-def _check_ring(q: Tensor, v: Tensor, mask: Any, cp: int) -> None:
-    B, S, _, D = q.shape
+def _widen(x: Tensor, width: int) -> Tensor:
+    """Zeros beside the dims of each head, which change neither scores nor values: the kernels have one width."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _check_ring(q: Tensor, mask: Any, cp: int) -> None:
+    B, S = q.shape[:2]
     if mask.prefix is not None:
         raise ValueError(_refusal("a prefix mask"))
-    if v.shape[-1] != D:
-        raise ValueError(_refusal(f"head sizes that differ ({D} for keys, {v.shape[-1]} for values)"))
     if q.device.type == "cuda" and mask.window is not None:
         raise ValueError(_refusal("a sliding window on a GPU"))
     if q.device.type == "cuda" and q.dtype not in (torch.bfloat16, torch.float16):

@@ -46,6 +46,9 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
             values[name] = _layers(config, degrees["pp"])
         elif name == "vocab_size":
             values[name] = _dim(VOCABULARY, processes) + value % processes
+    mla = getattr(model, "mla", None)
+    if mla is not None:
+        values["mla"] = _narrow_latents(mla, head_dim)
     moe = getattr(model, "moe", None)
     if moe is not None:
         values["moe"] = _few_experts(moe, processes, hidden / width)
@@ -57,7 +60,7 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
         values["window"] = max(2, seq_len // 5)
     if not model.vocab_size:
         values["vocab_size"] = _dim(VOCABULARY, processes)
-    values = {name: v for name, v in values.items() if name == "moe" or not 0 < getattr(model, name) < v}
+    values = {name: v for name, v in values.items() if name in ("moe", "mla") or not 0 < getattr(model, name) < v}
     if getattr(model, "init_std", 0) and hidden:
         # At a small width the usual 0.02 makes attention all but uniform: wrong masks and positions would hardly show.
         values["init_std"] = max(model.init_std, round(hidden**-0.5, 3))
@@ -113,6 +116,18 @@ def _few_experts(moe: Any, processes: int, scale: float) -> Any:
         first_dense=min(moe.first_dense, 1),
         balance_weight=max(moe.balance_weight, 0.1) if moe.balance_weight else 0.0,
     )
+
+
+def _narrow_latents(mla: Any, head_dim: int) -> Any:
+    """No two widths alike, whatever they are in the recipe; queries stay compressed or not."""
+    widths = {
+        "q_rank": head_dim * 3,
+        "kv_rank": head_dim * 2,
+        "nope_dim": head_dim,
+        "rope_dim": 4,
+        "v_dim": head_dim - 1,
+    }
+    return replace(mla, **{name: min(getattr(mla, name), width) for name, width in widths.items()})
 
 
 def _dim(size: int, unit: int) -> int:

@@ -23,6 +23,13 @@ SMALL = [
     "model.ffn=48",
     "data.seq_len=16",
 ]
+MLA = [
+    "model.kv_heads=0",
+    "model.mla.kv_rank=18",
+    "model.mla.nope_dim=6",
+    "model.mla.rope_dim=4",
+    "model.mla.v_dim=5",
+]
 VARIANTS = {
     "llama": [],
     "gpt2": [
@@ -45,6 +52,8 @@ VARIANTS = {
         "model.logit_softcap=3.0",
         "objective.z_loss=0.01",
     ],
+    "deepseek": [*MLA, "model.mla.q_rank=24", "model.out_bias=true", "model.rope.scaling=yarn", "model.rope.factor=4"],
+    "deepseek-lite": [*MLA, "model.mla.q_rank=0"],
 }
 
 
