@@ -141,6 +141,25 @@ def _add_checkpoint(commands: Any) -> None:
     import_ = _leaf(checkpoint, "import", "convert:import_", "make a run out of a Hugging Face model's folder")
     import_.add_argument("model", help="folder with config.json and safetensors files")
     import_.add_argument("run", help="a new run's folder")
+    _add_surgery(checkpoint)
+
+
+def _add_surgery(checkpoint: Any) -> None:
+    upcycle = _leaf(checkpoint, "upcycle", "surgery:upcycle", "make a mixture of experts out of a dense run")
+    prune = _leaf(checkpoint, "prune", "surgery:prune", "make a run with fewer experts, the most used ones")
+    for leaf in (upcycle, prune):
+        leaf.add_argument("run", help="the run's folder, or one checkpoint's")
+        leaf.add_argument("out", help="a new run's folder")
+        leaf.add_argument("overrides", nargs="*", metavar="key=value", help="of the new run, such as model.moe.top_k=2")
+        leaf.add_argument("--step", type=int, help="checkpoint to take (default: the newest whole one)")
+    upcycle.add_argument(
+        "--method", default="copy", help="copy, or cut its width into experts: contiguous, random, clustering"
+    )
+    upcycle.add_argument("--noise", type=float, default=0.0, help="on copies, in standard deviations of each tensor")
+    upcycle.add_argument("--noise-share", type=float, default=1.0, help="share of entries that get noise, 0 to 1")
+    upcycle.add_argument("--router", choices=("normal", "zero"), default="normal", help="its initial weights")
+    prune.add_argument("--keep", type=int, required=True, metavar="M", help="experts that stay in each layer")
+    prune.add_argument("--by", choices=("load", "norm"), default="load", help="rows logged last, or the router's norms")
 
 
 def _add_results(commands: Any) -> None:

@@ -1,11 +1,14 @@
 """The families of models that recipes can name."""
 
 from pretrain.models.decoder.config import DecoderConfig
+from pretrain.models.decoder.experts import feed_forward
 from pretrain.models.decoder.hf import BRANDS as DECODER_BRANDS
 from pretrain.models.decoder.model import Decoder
 from pretrain.models.decoder.plan import plan as decoder_plan
 from pretrain.models.family import Family
 
 FAMILIES: dict[str, Family] = {
-    "decoder": Family(config=DecoderConfig, build=Decoder, plan=decoder_plan, hf=DECODER_BRANDS),
+    "decoder": Family(
+        config=DecoderConfig, build=Decoder, plan=decoder_plan, hf=DECODER_BRANDS, feed_forward=feed_forward
+    ),
 }

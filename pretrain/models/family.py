@@ -35,6 +35,18 @@ class ModelConfig(BaseModel):
 
 
 @dataclass(frozen=True)
+class FeedForward:
+    """Names of a sparse layer's tensors. dense: gate, up [F, H], down [H, F] of the layer without experts; experts:
+    gate, up [E, f, H], down [E, H, f]; router [E, H]; bias [E], where the model has one.
+    """
+
+    dense: tuple[str, str, str]
+    experts: tuple[str, str, str]
+    router: str
+    bias: str
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture family.
 
@@ -44,9 +56,11 @@ class Family:
         `init_parameter(name, tensor, generator)` fills one full CPU tensor with its initial value.
     plan: config -> sharding plan.
     hf: brand name (Hugging Face `model_type`) -> conversion table.
+    feed_forward: config -> names of its sparse layers, which surgery makes and cuts; None: the family has none.
     """
 
     config: type[Any]
     build: Callable[[Any], nn.Module]
     plan: Callable[[Any], Any]
     hf: dict[str, Any]
+    feed_forward: Callable[[Any], tuple[FeedForward, ...]] | None = None

@@ -1,0 +1,1 @@
+"""Models derived from trained ones: a feed-forward layer becomes experts, experts become fewer."""
