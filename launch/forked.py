@@ -105,8 +105,9 @@ def _judge(replies: dict[int, dict[str, Any]], size: int, timeout: float, folder
     bad = {rank: reply for rank, reply in replies.items() if "result" not in reply}
     if not bad and len(replies) == size:
         return Ended(results=[replies[rank]["result"] for rank in range(size)])
-    if len(bad) == size and all("refused" in reply for reply in bad.values()):
-        return Ended(refused=replies[0]["refused"])
+    refused = [reply for reply in bad.values() if "refused" in reply]
+    if common := [reply for reply in refused if reply["common"]] or (refused if len(refused) == size else []):
+        return Ended(refused=common[0]["refused"])
     if died := [rank for rank, reply in bad.items() if "died" in reply]:
         return Ended(problem=f"rank {died[0]} of {size} died{_last_words(folder, died[0])}")
     if bad:
@@ -158,7 +159,8 @@ def _rank(
     try:
         reply = {"result": _run(function, args, World(rank, size, _device(device, rank), size), folder, timeout)}
     except ValueError as error:
-        reply = {"refused": " ".join(str(error).split())}
+        # What all ranks check alike: the others may see this one gone before they come to it.
+        reply = {"refused": " ".join(str(error).split()), "common": getattr(error, "on_all_ranks", False)}
     except BaseException as error:
         traceback.print_exc()
         calls = [f'File "{f.filename}", line {f.lineno} in {f.name}' for f in traceback.extract_tb(error.__traceback__)]

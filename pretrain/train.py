@@ -93,11 +93,7 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
     _say(world, f"compile: {'on' if compiling else 'off'} ({why})")
     if compiling:
         objective.compile()
-    try:
-        engine = build_engine(config, world, objective, compiling)
-    except ValueError as error:
-        error.on_all_ranks = True  # type: ignore[attr-defined]  # every rank checks the same layout
-        raise
+    engine = build_engine(config, world, objective, compiling)
     position = Position() if found is None else resume(store, found, engine, world)
     if found is not None:
         _say(world, f"resuming {run_dir} at step {position.step}")
@@ -219,7 +215,11 @@ def build_engine(config: RunConfig, world: World, objective: Any, compiling: boo
         clip_grad_norm=config.optim.clip_grad_norm,
         seed=config.run.seed,
     )
-    return make_engine(config.engine, spec, world)
+    try:
+        return make_engine(config.engine, spec, world)
+    except ValueError as error:
+        error.on_all_ranks = True  # type: ignore[attr-defined]  # every rank checks the same layout
+        raise
 
 
 def describe_attention(config: RunConfig, objective: Any, batch: Any, device: torch.device) -> str:
