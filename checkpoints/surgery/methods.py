@@ -129,13 +129,14 @@ class Mixing:
         """Why the output is not exactly the dense layer's; empty where it is, up to rounding."""
         if noise:
             return "noise was added to the copies"
-        if abs(scale / self.scale(method) - 1) > 1e-6:
-            return f"moe.scale = {scale:.6g}, not {self.scale(method):.6g}"
-        if not self.whole:
-            return "tokens do not all get top_k experts where there is a capacity or experts choose"
         if method != "copy" and self.top_k < self.experts:
             return f"a token gets {self.top_k} of the {self.experts} parts of the dense layer"
-        if self.zero_router or (method == "copy" and self.normalized):
+        if abs(scale / self.scale(method) - 1) > 1e-6:
+            return f"model.moe.scale = {scale:.6g}, not {self.scale(method):.6g}"
+        if not self.whole:
+            return "tokens do not all get top_k experts where there is a capacity or experts choose"
+        sum_to_scale = self.normalized or (self.softmax and self.top_k == self.experts)
+        if self.zero_router or (method == "copy" and sum_to_scale):
             return ""
         cure = "set model.moe.normalize = true" if method == "copy" else "take --router zero"
         return f"weights depend on the router: {cure}"
