@@ -66,7 +66,11 @@ def upcycle(args: argparse.Namespace) -> None:
         f"upcycled {checkpoint} to the run {args.out}, at step 0: {moe.experts} experts of width {moe.ffn}, top_k = "
         f"{moe.top_k}, scale = {moe.scale:g}, by {how.method}"
     )
-    print(f"the output is not exactly the dense model's: {why}" if why else "the output is exactly the dense model's")
+    print(
+        f"the output is not exactly the dense model's: {why}"
+        if why
+        else "the output is exactly the dense model's, up to rounding"
+    )
     print(f"train it with: pretrain run {Path(args.out) / 'config.toml'}")
 
 
