@@ -19,9 +19,9 @@ from parallel.mesh import EXPERT_SHARD_AXIS, SHARD_AXIS, Mesh
 def apply_fsdp(
     root: nn.Module,
     blocks: Iterable[nn.Module],
-    experts: Iterable[nn.Module],
     mesh: Mesh,
     *,
+    experts: Iterable[nn.Module] = (),
     bf16: bool,
     reshard_after_forward: bool,
     cpu_offload: bool = False,

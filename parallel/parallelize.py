@@ -107,8 +107,8 @@ def _make_stage(spec: EngineSpec, mesh: Mesh | None, device: torch.device, stage
         apply_fsdp(
             stage,
             blocks,
-            held,
             mesh,
+            experts=held,
             bf16=bf16,
             # In a pipeline each micro-batch would gather all parameters again.
             reshard_after_forward=options.reshard_after_forward and len(stages) == 1,

@@ -15,6 +15,7 @@ from tests.launch.test_verify_bugs import ALONE, check, nothing
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 MODEL = ["train.precision=fp32", "model.heads=8", "model.kv_heads=4", "model.moe.bias=true", "model.moe.bias_rate=0.01"]
+MODEL += ["model.moe.first_dense=1", "model.moe.shared_ffn=128"]
 
 
 def make_certifier(folder, global_batch: int, **options) -> Certifier:
