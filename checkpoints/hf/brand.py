@@ -3,11 +3,11 @@
 A config row claims native keys and Hugging Face keys and reads both ways; every native key must be claimed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from checkpoints.hf.ops import Row
+from checkpoints.hf.ops import Row, match
 
 Config = dict[str, Any]
 
@@ -159,8 +159,9 @@ class Brand:
     """One Hugging Face architecture.
 
     model_type, architecture: as in config.json. tensors: the key table. config: the config's rows. carried: further
-    config keys without a say in what the model computes. ignored: templates of tensors that old files hold and
-    nobody needs. prefix: what names begin with, left out by files saved from the bare model.
+    config keys without a say in what the model computes. ignored: templates of tensors that files hold and nobody
+    needs; `{layers}` is the number of layers, `*` anything. prefix: what names begin with, left out
+    by files saved from the bare model.
     """
 
     model_type: str
@@ -170,6 +171,14 @@ class Brand:
     carried: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     prefix: str = "model."
+    also: tuple[Row, ...] = ()  # of files that hold the same native tensors in another way
+
+    def rows(self, names: Iterable[str]) -> tuple[Row, ...]:
+        """The key table of a file with these tensors: `tensors`, but for what it holds in the way of `also`."""
+        full = [name if name.startswith(self.prefix) else self.prefix + name for name in names]
+        other = [row for row in self.also if any(match(row.hf[0], name) is not None for name in full)]
+        told = {name for row in other for name in row.native}
+        return *(row for row in self.tensors if told.isdisjoint(row.native)), *other
 
     def to_hf(self, native: Config) -> Config:
         """Native config -> config.json's keys. Raises Misfit, naming the brand, for what it cannot express."""

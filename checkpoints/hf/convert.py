@@ -16,7 +16,7 @@ from torch import Tensor
 from checkpoints.derived import new_checkpoint, new_folder
 from checkpoints.hf.brand import Brand, Config
 from checkpoints.hf.folder import Kept, read_config, write_config
-from checkpoints.hf.ops import Shapes, Step, bind, first_few, match
+from checkpoints.hf.ops import Shapes, Step, bind, first_few, match, wrong_experts
 from checkpoints.hf.tokenizer import copy_tokenizer, settle_tokenizer
 from checkpoints.manifest import Progress
 from checkpoints.tensors import (
@@ -62,7 +62,7 @@ def export(
     check_shapes(source, shapes, "use the config that it was trained with")
     steps = bind(brand.tensors, shapes)
     infos = {
-        name: TensorInfo(shape, target_dtype(source.infos[step.native[0]].dtype, dtype))
+        name: TensorInfo(shape, target_dtype(step, source.infos[step.native[0]].dtype, dtype))
         for step in steps
         for name, shape in zip(step.hf, step.hf_shapes, strict=True)
     }
@@ -115,7 +115,11 @@ def import_(
     as in the files. Returns the checkpoint's folder. Raises ValueError: a tensor that is missing, one too many, or of
     another shape.
     """
-    steps = bind(model.brand.tensors, shapes)
+    rows = model.brand.rows(model.tensors)
+    bare = (model.brand.prefix + name for name in model.tensors)
+    if wrong := wrong_experts(rows, shapes, [*model.tensors, *bare]):
+        raise ValueError(f"{model.folder} has {wrong[0]} experts in a layer, but its config asks for {wrong[1]}")
+    steps = bind(rows, shapes)
     names = match_names(model, steps, ties)
     infos = {
         name: TensorInfo(shape, model.tensors.infos[names[step.hf[0]]].dtype)
@@ -140,7 +144,8 @@ def match_names(model: HfModel, steps: list[Step], ties: dict[str, str]) -> dict
         raise ValueError(f"{model.folder} lacks the tensor {first_few(missing)}: download it again")
     full = {(brand.prefix + name if bare else name): name for name in tensors if name not in names.values()}
     head, _ = _tied_names(brand)
-    needless = brand.ignored + ((head,) if ties else ())
+    ignored = tuple(template.replace("{layers}", str(model.config["layers"])) for template in brand.ignored)
+    needless = ignored + ((head,) if ties else ())
     extra = [
         name
         for named, name in full.items()
@@ -169,14 +174,14 @@ def check_shapes(files: TensorFiles, shapes: Shapes, cure: str) -> None:
             )
 
 
-def target_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted is not None and dtype.is_floating_point else dtype
+def target_dtype(step: Step, dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and dtype.is_floating_point and not step.keep_dtype else dtype
 
 
 def read_native(source: TensorFiles, step: Step, dtype: torch.dtype | None) -> list[Tensor]:
     """The native tensors of a step, in the type that they are exported in."""
     tensors = (source.read(name) for name in step.native)
-    return [tensor.to(target_dtype(tensor.dtype, dtype)) for tensor in tensors]
+    return [tensor.to(target_dtype(step, tensor.dtype, dtype)) for tensor in tensors]
 
 
 # Functions of their own, so that a step's tensors are gone before the next one's come.

@@ -1,10 +1,12 @@
 """Conversion of tensors as data: rows that say how native tensors stand in a Hugging Face file.
 
 A row reads both ways: `to_hf` and `to_native` come from the same row, so that a mapping is stated once. Names are
-templates over the layer, `layers.{i}.mlp.up.weight`; a row stands for all layers that have its native tensors.
+templates over the layer, `layers.{i}.mlp.up.weight`; a row stands for all layers that have its native tensors. A
+Hugging Face name with `{e}` stands for one name an entry of the native tensor's first dim.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,11 +32,15 @@ class Row(Protocol):
 
 @dataclass(frozen=True)
 class Rename:
-    """The same tensor under another name; `transpose` where Hugging Face stores a weight as [in, out]."""
+    """The same tensor under another name; `transpose` where Hugging Face stores a weight as [in, out].
+
+    keep_dtype: it stays as saved, whatever type an export asks for.
+    """
 
     native_name: str
     hf_name: str
     transpose: bool = False
+    keep_dtype: bool = False
 
     @property
     def native(self) -> tuple[str, ...]:
@@ -53,23 +59,46 @@ class Rename:
 
 @dataclass(frozen=True)
 class Concat:
-    """Several native tensors as blocks of one, joined along the native dim 0; `transpose` after joining."""
+    """Several native tensors as blocks of one, joined along the native `dim`; `transpose` after joining."""
 
     native: tuple[str, ...]
     hf_name: str
     transpose: bool = False
+    dim: int = 0
 
     @property
     def hf(self) -> tuple[str, ...]:
         return (self.hf_name,)
 
     def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
-        joined = torch.cat(tensors)
+        joined = torch.cat(tensors, self.dim)
         return [joined.t() if self.transpose else joined]
 
     def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
         joined = tensors[0].t() if self.transpose else tensors[0]
-        return list(joined.split([shape[0] for shape in shapes]))
+        return list(joined.split([shape[self.dim] for shape in shapes], self.dim))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A native tensor that Hugging Face stores as one for each entry of its first dim, such as each expert."""
+
+    native_name: str
+    hf_name: str
+
+    @property
+    def native(self) -> tuple[str, ...]:
+        return (self.native_name,)
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.hf_name,)
+
+    def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
+        return list(tensors[0].unbind())
+
+    def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        return [torch.stack(tensors)]
 
 
 @dataclass(frozen=True)
@@ -81,6 +110,7 @@ class Step:
     hf: tuple[str, ...]
     native_shapes: tuple[tuple[int, ...], ...]
     hf_shapes: tuple[tuple[int, ...], ...]
+    keep_dtype: bool
 
 
 def bind(rows: Iterable[Row], shapes: Shapes) -> list[Step]:
@@ -98,8 +128,10 @@ def bind(rows: Iterable[Row], shapes: Shapes) -> list[Step]:
                 raise ValueError(f"conversion table: '{native[0]}' comes with '{absent[0]}', which the model lacks")
             meta = [torch.empty(shapes[name], device="meta") for name in native]
             hf_shapes = tuple(tuple(tensor.shape) for tensor in row.to_hf(meta))
-            hf = tuple(template.format(i=key) for template in row.hf)
-            steps.append(Step(row, native, hf, tuple(shapes[name] for name in native), hf_shapes))
+            native_shapes = tuple(shapes[name] for name in native)
+            hf = tuple(name for template in row.hf for name in _names(template, key, native_shapes[0]))
+            keep_dtype = isinstance(row, Rename) and row.keep_dtype
+            steps.append(Step(row, native, hf, native_shapes, hf_shapes, keep_dtype))
     _check_once([name for step in steps for name in step.native], "native tensor")
     _check_once([name for step in steps for name in step.hf], "Hugging Face tensor")
     if left := shapes.keys() - {name for step in steps for name in step.native}:
@@ -108,10 +140,44 @@ def bind(rows: Iterable[Row], shapes: Shapes) -> list[Step]:
     return sorted(steps, key=lambda step: order[step.native[0]])
 
 
+def _names(template: str, key: str, shape: tuple[int, ...]) -> list[str]:
+    if "{e}" not in template:
+        return [template.format(i=key)]
+    return [template.format(i=key, e=entry) for entry in range(shape[0])]
+
+
 def match(template: str, name: str) -> str | None:
-    """What `{i}` stands for where `name` fits `template` ("" for a template without it), else None."""
-    found = re.fullmatch(re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)", 1), name)
-    return None if found is None else found.groupdict().get("i", "")
+    """What `{i}` stands for where `name` fits `template` ("" for a template without it), else None. `*`: anything."""
+    found = _fields(template, name)
+    return None if found is None else found.get("i", "")
+
+
+def _fields(template: str, name: str) -> dict[str, str] | None:
+    """What `{i}` and `{e}` stand for, each once at most, where `name` fits `template`."""
+    pattern = re.sub(r"\\{([ie])\\}", r"(?P<\1>\\d+)", re.escape(template)).replace(r"\*", ".*")
+    found = re.fullmatch(pattern, name)
+    return None if found is None else found.groupdict()
+
+
+def wrong_experts(rows: Iterable[Row], shapes: Shapes, names: Iterable[str]) -> tuple[int, int] | None:
+    """(experts in each layer of a file with these names, experts that the native shapes ask for) where they differ.
+
+    None where the file's layers differ among themselves too, or lack an expert between others: something is missing.
+    """
+    names, asked = list(names), set[int]()
+    found = defaultdict[tuple[str, str], set[int]](set)
+    for row in rows:
+        template = row.hf[0]
+        if "{e}" not in template:
+            continue
+        asked |= {shape[0] for name, shape in shapes.items() if match(row.native[0], name) is not None}
+        for name in names:
+            if (there := _fields(template, name)) is not None:
+                found[template, there["i"]].add(int(there["e"]))
+    counts = {len(experts) if max(experts) + 1 == len(experts) else 0 for experts in found.values()}
+    if len(counts) != 1 or len(asked) != 1 or counts in (asked, {0}):
+        return None
+    return counts.pop(), asked.pop()
 
 
 def first_few(names: list[str]) -> str:

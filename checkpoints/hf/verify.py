@@ -64,7 +64,7 @@ def _prove_step(source: TensorFiles, exported: TensorFiles, step: Step, dtype: t
     theirs = step.row.to_native([exported.read(name) for name in step.hf], list(step.native_shapes))
     for name, back in zip(step.native, theirs, strict=True):
         saved = source.infos[name].dtype
-        if target_dtype(saved, dtype) == saved:
+        if target_dtype(step, saved, dtype) == saved:
             same = source.holds(name, back)
         else:
             ours = source.read(name).to(dtype)

@@ -162,7 +162,7 @@ def run_native(config: Any, checkpoint: Path, tokens: Tensor, dtype: torch.dtype
     tensors, _ = named_tensors(model)
     CheckpointStore(checkpoint.parent).load(checkpoint, {name: tensor.detach() for name, tensor in tensors.items()})
     if dtype is not None:
-        for tensor in tensors.values():
+        for tensor in model.parameters():  # buffers keep their type
             tensor.copy_(tensor.to(dtype))
     blocks = list(model.layers.values())
     states: list[Tensor] = []

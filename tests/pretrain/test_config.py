@@ -27,7 +27,11 @@ PUBLISHED_PARAMETERS = {
     "olmo2-7b": 7_298_617_344,
     "gemma3-1b": 999_885_952,
     "smollm3-3b": 3_075_098_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "olmoe-1b-7b": 6_919_161_856,
     "bench-12m": 12_587_904,
+    "deepseek-v3": 671_026_404_352,  # files hold 58 x 256 numbers more: the routers' biases, no parameters
 }
 
 

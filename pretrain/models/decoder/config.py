@@ -73,7 +73,7 @@ class DecoderConfig(ModelConfig):
                 f"model.heads = {self.heads} is not divisible by model.kv_heads = {self.kv_heads}; each key/value "
                 "head must serve the same number of query heads"
             )
-        if self.dim_per_head % 2 and self.positions == "rope":
+        if self.rotary_dim % 2 and self.positions == "rope":
             raise ValueError(f"model.head_dim = {self.dim_per_head} is odd; rotary positions rotate pairs")
         if self.positions == "rope" and self.rope.scaling == "none" and self.rope.factor != 1:
             raise ValueError(f"model.rope.factor = {self.rope.factor}, but model.rope.scaling is none; name a scaling")

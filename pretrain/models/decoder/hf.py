@@ -29,6 +29,7 @@ from pretrain.models.decoder.hf_config import (
     one_rope,
     rope_by_layer,
 )
+from pretrain.models.decoder.hf_deepseek import DEEPSEEK_V3
 
 
 def linear(ours: str, theirs: str) -> tuple[Row, Row]:
@@ -141,5 +142,5 @@ GPT2 = Brand(
 
 # In the order in which an export looks for one that fits.
 BRANDS: dict[str, Brand] = {
-    brand.model_type: brand for brand in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA3, SMOLLM3, GPT2)
+    brand.model_type: brand for brand in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA3, SMOLLM3, GPT2, DEEPSEEK_V3)
 }
