@@ -165,7 +165,7 @@ def local(matrix: Matrix, layout: Layout, layer: LayerShape) -> tuple[float, flo
         return ceil(matrix.inputs / tp), matrix.outputs
     if matrix.style == "key_value":
         return matrix.inputs, matrix.outputs * kv_share(layer, tp)
-    if matrix.style in ("column", "head", "width_norm"):
+    if matrix.style in ("column", "part_column", "head", "width_norm"):
         return matrix.inputs, ceil(matrix.outputs / tp)
     return matrix.inputs, matrix.outputs
 

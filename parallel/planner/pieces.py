@@ -12,7 +12,7 @@ from math import ceil, prod
 from parallel.planner.layout import Layout, Part, Setting
 from parallel.planner.shape import ModelShape, Parameter
 
-ROWS_CUT = ("column", "vocabulary", "head", "width_norm")
+ROWS_CUT = ("column", "part_column", "vocabulary", "head", "width_norm")
 
 
 @dataclass(frozen=True)
