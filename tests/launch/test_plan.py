@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+import torch
 
 from launch import cli
 from parallel.context import check_context
@@ -33,7 +34,9 @@ def check_proposal(line: str, gpus: int) -> None:
     check_context(seq_len, degrees["cp"], parallel.cp_method, facts.heads, degrees["tp"])
     assert config.train.global_batch % (data * config.train.micro_batch) == 0
     if degrees["pp"] > 1:
-        stages = plan_stages(family.build(config.model), facts, parallel, degrees["pp"], seq_len)
+        with torch.device("meta"):
+            model = family.build(config.model)
+        stages = plan_stages(model, facts, parallel, degrees["pp"], seq_len)
         batch = config.train.global_batch
         check_microbatches(parallel, degrees["pp"], len(stages), batch, config.train.micro_batch, data)
 
