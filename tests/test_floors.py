@@ -45,9 +45,8 @@ def test_models_know_no_processes(path):
     modules = [module for module, _ in imports(path)]
     assert not [module for module in modules if module.startswith("torch.distributed")]
     ours = [module for module in modules if module.split(".")[0] in FLOORS]
-    hugging_face = ("checkpoints.hf",)
-    tables = {"plan.py": ("parallel.plan",), "hf.py": hugging_face, "hf_config.py": hugging_face}
-    allowed = tables.get(path.name, ())
+    tables = {"plan": ("parallel.plan",), "hf": ("checkpoints.hf",)}
+    allowed = tables.get(path.stem.split("_")[0], ())
     assert not [m for m in ours if not m.startswith(("pretrain.models", *allowed))]
 
 

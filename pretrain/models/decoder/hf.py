@@ -21,7 +21,9 @@ from pretrain.models.decoder.hf_config import (
     PLAIN,
     QKV_BIAS_ONLY,
     QWEN_LAYERS,
+    QWEN_MOE_LAYERS,
     SIZES,
+    SIZES_BUT_FFN,
     SMOLLM3_LAYERS,
     activation,
     heads,
@@ -30,6 +32,7 @@ from pretrain.models.decoder.hf_config import (
     rope_by_layer,
 )
 from pretrain.models.decoder.hf_deepseek import DEEPSEEK_V3
+from pretrain.models.decoder.hf_moe import OLMOE_HEADS, QWEN_EXPERTS, STACKED, every_layer, expert_rows
 
 
 def linear(ours: str, theirs: str) -> tuple[Row, Row]:
@@ -65,6 +68,7 @@ BOTH_NORMS = layer_norms(
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
+PROJECTIONS = expert_rows("mlp", "gate_proj", "up_proj", "down_proj")
 QKV = tuple(f"layers.{{i}}.attention.{name}" for name in "qkv")
 GPT2_TENSORS: tuple[Row, ...] = (
     Rename("embed.weight", "transformer.wte.weight"),
@@ -85,14 +89,19 @@ GPT2_TENSORS: tuple[Row, ...] = (
 
 
 def llama_shaped(
-    model_type: str, architecture: str, tensors: tuple[Row, ...], *config: ConfigRow, **more: Any
+    model_type: str,
+    architecture: str,
+    tensors: tuple[Row, ...],
+    *config: ConfigRow,
+    sizes: tuple[ConfigRow, ...] = SIZES,
+    **more: Any,
 ) -> Brand:
     """A brand with Llama's skeleton: rotary positions, gated feed-forward, RMS norms."""
     return Brand(
         model_type,
         architecture,
         (*LLAMA_SHAPED, *tensors),
-        (*SIZES, *config),
+        (*sizes, *config),
         ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
         **more,
     )
@@ -131,6 +140,23 @@ SMOLLM3 = llama_shaped(
     "smollm3", "SmolLM3ForCausalLM", PRE_NORMS, *norms(), heads(), activation("hidden_act"), *one_rope(),
     DENSE, SMOLLM3_LAYERS, ATTENTION_BIAS, MLP_BIAS, *PLAIN, carried=("no_rope_layer_interval", "max_window_layers"),
 )  # fmt: skip
+MIXTRAL = llama_shaped(
+    "mixtral", "MixtralForCausalLM", PRE_NORMS + expert_rows("block_sparse_moe", "w1", "w3", "w2"), *norms(), heads(),
+    activation("hidden_act"), *one_rope(), every_layer("num_local_experts", None), MISTRAL_LAYERS, *NO_BIAS,
+    NO_MLP_BIAS, *PLAIN, OnlyHf("router_jitter_noise", 0.0), sizes=SIZES_BUT_FFN, also=STACKED,
+    carried=("output_router_logits",),
+)  # fmt: skip
+QWEN3_MOE = llama_shaped(
+    "qwen3_moe", "Qwen3MoeForCausalLM", PRE_NORMS + QK_NORMS + PROJECTIONS, *norms(qk="head"), heads(),
+    activation("hidden_act"), *one_rope(), QWEN_EXPERTS, QWEN_MOE_LAYERS, ATTENTION_BIAS, NO_MLP_BIAS, *PLAIN,
+    also=STACKED, carried=("output_router_logits", "max_window_layers"),
+)  # fmt: skip
+OLMOE = llama_shaped(
+    "olmoe", "OlmoeForCausalLM", PRE_NORMS + QK_NORMS + PROJECTIONS, *norms(qk="full"), OLMOE_HEADS,
+    activation("hidden_act"), *one_rope(), every_layer("num_experts", "norm_topk_prob"), FULL_LAYERS, ATTENTION_BIAS,
+    NO_MLP_BIAS, *PLAIN, OnlyHf("clip_qkv", None), sizes=SIZES_BUT_FFN, also=STACKED,
+    carried=("output_router_logits",),
+)  # fmt: skip
 GPT2 = Brand(
     "gpt2", "GPT2LMHeadModel", GPT2_TENSORS, GPT2_CONFIG, prefix="transformer.",
     carried=(
@@ -142,5 +168,6 @@ GPT2 = Brand(
 
 # In the order in which an export looks for one that fits.
 BRANDS: dict[str, Brand] = {
-    brand.model_type: brand for brand in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA3, SMOLLM3, GPT2, DEEPSEEK_V3)
+    brand.model_type: brand
+    for brand in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA3, SMOLLM3, MIXTRAL, QWEN3_MOE, OLMOE, GPT2, DEEPSEEK_V3)
 }

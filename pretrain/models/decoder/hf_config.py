@@ -71,6 +71,11 @@ def _mistral_to_native(hf: Config) -> Config:
     return {"pattern": ["sliding"], "window": window} if window else {"pattern": ["full"], "window": 0}
 
 
+def _qwen_moe_to_hf(native: Config) -> Config:
+    config = _mistral_to_hf(native)
+    return config | {"use_sliding_window": config["sliding_window"] is not None}
+
+
 def _qwen_to_hf(native: Config) -> Config:
     kinds = layer_kinds(native, "full", "sliding")
     config = _layer_types_to_hf(kinds, native)
@@ -164,6 +169,12 @@ def _head_dim(native: Config) -> int:
     return native["head_dim"] or native["hidden"] // native["heads"]
 
 
+def _dense_to_hf(native: Config) -> Config:
+    if native["moe"] is not None:
+        raise misfit("model.moe", "set", [None])
+    return {}
+
+
 HEADS = ("heads", "kv_heads", "head_dim", "mla")
 
 
@@ -183,19 +194,19 @@ def layer_rows(write: Callable[[Config], Config], read: Callable[[Config], Confi
     return Mapped(("pattern", "window"), hf, write, read)
 
 
-SIZES: tuple[ConfigRow, ...] = (
+SIZES_BUT_FFN: tuple[ConfigRow, ...] = (
     *fixed(family="decoder", gated=True),
     *same(
         vocab_size="vocab_size",
         hidden="hidden_size",
         layers="num_hidden_layers",
-        ffn="intermediate_size",
         max_seq_len="max_position_embeddings",
         norm_eps="rms_norm_eps",
         init_std="initializer_range",
         tied="tie_word_embeddings",
     ),
 )
+SIZES: tuple[ConfigRow, ...] = (*SIZES_BUT_FFN, Same("ffn", "intermediate_size"))
 PLAIN = fixed(attention_scale=0.0, attention_softcap=0.0, embedding_scale=1.0, logit_softcap=0.0)
 ATTENTION_BIAS = Mapped(
     ("qkv_bias", "out_bias"),
@@ -207,10 +218,11 @@ QKV_BIAS_ONLY = fixed(qkv_bias=True, out_bias=False)
 NO_BIAS = fixed(qkv_bias=False, out_bias=False)
 MLP_BIAS = Same("mlp_bias", "mlp_bias")
 NO_MLP_BIAS = OnlyNative("mlp_bias", False)
-DENSE = OnlyNative("moe", None)
+DENSE = Mapped(("moe",), (), _dense_to_hf, lambda hf: {"moe": None})
 WINDOW_KEYS = ("layer_types", "use_sliding_window", "sliding_window")
 FULL_LAYERS = layer_rows(_full_to_hf, lambda hf: {"pattern": ["full"], "window": 0})
 MISTRAL_LAYERS = layer_rows(_mistral_to_hf, _mistral_to_native, "sliding_window")
+QWEN_MOE_LAYERS = layer_rows(_qwen_moe_to_hf, _mistral_to_native, "sliding_window", "use_sliding_window")
 QWEN_LAYERS = layer_rows(_qwen_to_hf, _qwen_to_native, *WINDOW_KEYS)
 GEMMA_LAYERS = layer_rows(_gemma_to_hf, _gemma_to_native, "layer_types", "sliding_window")
 SMOLLM3_LAYERS = layer_rows(_smollm3_to_hf, _smollm3_to_native, "no_rope_layers", *WINDOW_KEYS)

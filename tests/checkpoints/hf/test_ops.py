@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from checkpoints.hf.ops import Concat, Rename, Row, Shapes, bind, match
+from checkpoints.hf.ops import Concat, Rename, Row, Shapes, Stack, bind, match, wrong_experts
 
 SHAPES: Shapes = {
     "embed": (7, 3),
@@ -30,6 +30,44 @@ def test_concat_is_undone_with_blocks_of_unequal_size() -> None:
     assert torch.equal(joined[0], torch.cat((q, k)).T)
     back = row.to_native(joined, [(4, 3), (2, 3)])
     assert torch.equal(back[0], q) and torch.equal(back[1], k)
+
+
+EXPERTS: tuple[Row, ...] = (Stack("layers.{i}.up", "h.{i}.experts.{e}.up"),)
+
+
+def test_stack_is_one_tensor_an_expert_in_order() -> None:
+    steps = bind(EXPERTS, {"layers.0.up": (2, 4, 3), "layers.10.up": (12, 5, 3)})
+    assert steps[0].hf == ("h.0.experts.0.up", "h.0.experts.1.up")
+    assert steps[1].hf[2] == "h.10.experts.2.up" and steps[1].hf[11] == "h.10.experts.11.up"
+    assert steps[1].hf_shapes == ((5, 3),) * 12
+    stacked = torch.randn(12, 5, 3)
+    parts = EXPERTS[0].to_hf([stacked])
+    assert len(parts) == 12 and all(torch.equal(part, stacked[index]) for index, part in enumerate(parts))
+    assert torch.equal(EXPERTS[0].to_native(parts, [(12, 5, 3)])[0], stacked)
+
+
+def test_concat_along_another_dim() -> None:
+    gate, up = torch.randn(4, 5, 3), torch.randn(4, 2, 3)
+    row = Concat(("gate", "up"), "gate_up", dim=1)
+    (joined,) = row.to_hf([gate, up])
+    assert joined.shape == (4, 7, 3) and torch.equal(joined[:, 5:], up)
+    back = row.to_native([joined], [(4, 5, 3), (4, 2, 3)])
+    assert torch.equal(back[0], gate) and torch.equal(back[1], up)
+
+
+def test_another_number_of_experts_is_told_from_missing_ones() -> None:
+    shapes: Shapes = {f"layers.{i}.up": (4, 5, 3) for i in range(2)}
+
+    def found(*experts: set[int]) -> tuple[int, int] | None:
+        names = [f"h.{i}.experts.{e}.up" for i, there in enumerate(experts) for e in there]
+        return wrong_experts(EXPERTS, shapes, names)
+
+    assert found({0, 1, 2, 3}, {0, 1, 2, 3}) is None
+    assert found({0, 1}, {0, 1}) == (2, 4)
+    assert found(set(range(12)), set(range(12))) == (12, 4)
+    assert found({0, 1, 2, 3}, {0, 1}) is None  # layers differ
+    assert found({0, 1, 3}, {0, 1, 3}) is None  # a hole
+    assert found() is None
 
 
 def test_templates_stand_for_digits_only() -> None:

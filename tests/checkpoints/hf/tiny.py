@@ -18,6 +18,9 @@ WIDE = {  # heads * head_dim = 60, kv heads * head_dim = 20
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 128,
 } | TOKEN_IDS  # fmt: skip
 ODD = WIDE | {"hidden_size": 50}  # where transformers lets heads not divide the width
+MOE = WIDE | {"hidden_size": 52}  # transformers multiplies experts of whole 16 bytes alone
+SQUARE = {key: value for key, value in WIDE.items() if key != "head_dim"}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 28}
 GPT2 = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 3, "n_positions": 128} | TOKEN_IDS
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 300.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -66,6 +69,18 @@ CASES = {
     ),
     "smollm3": Case("smollm3", ODD | {"no_rope_layer_interval": 3, "mlp_bias": True, "rms_norm_eps": 1e-4}),
     "smollm3-list": Case("smollm3", ODD | {"no_rope_layers": [0, 1, 1, 0], "tie_word_embeddings": False}),
+    "mixtral": Case("mixtral", MOE | {"num_experts_per_tok": 2, "num_local_experts": 5, "router_aux_loss_coef": 0.03}),
+    "mixtral-window": Case("mixtral", MOE | {"num_local_experts": 3, "sliding_window": 9, "num_experts_per_tok": 1}),
+    "qwen3-moe": Case("qwen3_moe", MOE | EXPERTS | {"num_experts": 5, "norm_topk_prob": True}),
+    "qwen3-moe-some": Case(
+        "qwen3_moe",
+        MOE
+        | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "mlp_only_layers": [0]}
+        | {"attention_bias": True, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 7},
+    ),
+    "qwen3-moe-step": Case("qwen3_moe", MOE | EXPERTS | {"num_experts": 4, "decoder_sparse_step": 2}),
+    "olmoe": Case("olmoe", SQUARE | {"num_experts": 7, "num_experts_per_tok": 2}),
+    "olmoe-normalised": Case("olmoe", SQUARE | {"num_experts": 8, "norm_topk_prob": True, "attention_bias": True}),
     "gpt2": Case("gpt2", GPT2 | {"n_head": 6}),
     "gpt2-untied": Case(
         "gpt2",
