@@ -37,7 +37,11 @@ def test_one_degree_is_inferred(config, world, inferred):
         ({"dp_shard": 3}, 1, "parallel: dp_shard 3 need 3 processes, but 1 run; set parallel.dp_shard = 1, or start 3"),
         ({"dp_shard": -1, "tp": -1}, 8, "parallel.dp_shard and parallel.tp are both -1: only one can be inferred"),
         ({"pp": 0}, 8, "parallel.pp = 0: must be at least 1"),
-        ({"dp_shard": 2, "cp": 3, "tp": 2, "ep": 4}, 12, "parallel.ep = 4 does not divide parallel.dp_shard 2 x parallel.cp 3"),
+        (
+            {"dp_shard": 2, "cp": 3, "tp": 2, "ep": 4},
+            12,
+            "parallel.ep = 4 does not divide parallel.dp_shard 2 x parallel.cp 3",
+        ),
     ],
 )
 def test_impossible_degrees_name_the_nearest_legal_choices(config, world, message):
