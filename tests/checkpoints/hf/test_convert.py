@@ -304,10 +304,13 @@ GPT2 = {
     "vocab_size": 1000, "hidden": 2900, "ffn": 8700, "layers": 4, "heads": 29, "positions": "learned",
     "norm": "layer", "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True, "tied": True,
 }  # fmt: skip
+MIXTRAL = {"vocab_size": 1000, "hidden": 1024, "layers": 3, "heads": 8, "moe": {"experts": 16, "ffn": 1536}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("brand", "model"), [("llama", LLAMA), ("gpt2", GPT2)], ids=["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("brand", "model"), [("llama", LLAMA), ("gpt2", GPT2), ("mixtral", MIXTRAL)], ids=["llama", "gpt2", "mixtral"]
+)
 def test_memory_stays_near_the_largest_tensor(brand: str, model: dict, tmp_path: Path) -> None:
     """Export, comparison and import of 700 to 1200 MB, 100 MB the largest tensor.
 
