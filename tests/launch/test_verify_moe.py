@@ -81,27 +81,33 @@ def test_a_bias_that_each_rank_updates_by_its_own_load(certifier):
     assert any("moe.routing.bias" in line for line in lines), lines
 
 
+LAYOUTS = [
+    {"dp_shard": 2, "cp": 2, "tp": 2, "ep": 4},
+    {"dp_shard": 4, "tp": 2, "ep": 2, "expert_tp": False},
+    {"pp": 2, "dp_shard": 2, "cp": 2, "ep": 4, "schedule": "zbvzerobubble"},
+    {"dp_replicate": 2, "dp_shard": 4, "ep": 4},
+    {"dp_shard": 8, "ep": 8},
+    {"dp_shard": 8, "ep": 2},
+    {"dp_shard": 4, "cp": 2, "ep": 8},
+    {"dp_shard": 4, "tp": 2, "ep": 4},
+    {"dp_shard": 2, "tp": 4, "ep": 2},
+    {"pp": 2, "dp_shard": 4, "ep": 2},
+    {"pp": 2, "dp_shard": 2, "tp": 2, "ep": 2, "schedule": "interleaved1f1b"},
+    {"cp": 4, "tp": 2, "ep": 4, "cp_method": "ring"},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"shared_ffn": 0, "balance": "sequence"}, {"scores": "sigmoid", "groups": 2, "shared_gate": "true"}],
+    ("options", "layouts"),
+    [
+        ({}, LAYOUTS),
+        ({"shared_ffn": 0, "balance": "sequence", "capacity": 1.5}, LAYOUTS[:3]),
+        ({"scores": "sigmoid", "groups": 2, "shared_gate": "true"}, LAYOUTS[1:4]),
+    ],
     ids=["shared", "alone", "groups"],
 )
-def test_a_dozen_layouts_of_eight(options, tmp_path):
+def test_layouts_of_eight(options, layouts, tmp_path):
     certifier = make_certifier(tmp_path, 32, **options)
-    layouts = [
-        {"dp_shard": 8, "ep": 8},
-        {"dp_shard": 8, "ep": 2},
-        {"dp_replicate": 2, "dp_shard": 4, "ep": 4},
-        {"dp_shard": 4, "cp": 2, "ep": 8},
-        {"dp_shard": 2, "cp": 2, "tp": 2, "ep": 4},
-        {"dp_shard": 4, "tp": 2, "ep": 4},
-        {"dp_shard": 2, "tp": 4, "ep": 2},
-        {"dp_shard": 4, "tp": 2, "ep": 2, "expert_tp": False},
-        {"pp": 2, "dp_shard": 4, "ep": 2},
-        {"pp": 2, "dp_shard": 2, "tp": 2, "ep": 2, "schedule": "interleaved1f1b"},
-        {"pp": 2, "dp_shard": 2, "cp": 2, "ep": 4, "schedule": "zbvzerobubble"},
-        {"cp": 4, "tp": 2, "ep": 4, "cp_method": "ring"},
-    ]
     for degrees in layouts:
         parallel = ParallelConfig(**{**ALONE, **degrees})
         verdict = certifier.verify(parallel, _rounds(parallel, 32))
