@@ -89,19 +89,19 @@ def step(layout: list[str], microbatches: int) -> dict[str, tuple[int, int]]:
     return {kind: (ledger.calls[kind], ledger.bytes[kind]) for kind in ledger.calls}
 
 
-@pytest.mark.parametrize(
-    ("dp", "replicas", "cp", "tp", "microbatches", "recompute"),
-    [
-        (2, 1, 1, 1, 2, "none"),
-        (2, 2, 1, 1, 2, "none"),
-        (1, 1, 2, 1, 1, "none"),
-        (1, 1, 1, 2, 2, "none"),
-        (2, 1, 1, 2, 2, "none"),
-        (1, 1, 2, 2, 1, "none"),
-        (1, 1, 1, 2, 1, "full"),
-        (2, 1, 1, 2, 1, "selective"),
-    ],
-)
+CASES = [
+    (2, 1, 1, 1, 2, "none"),
+    (2, 2, 1, 1, 2, "none"),
+    (1, 1, 2, 1, 1, "none"),
+    (1, 1, 1, 2, 2, "none"),
+    (2, 1, 1, 2, 2, "none"),
+    (1, 1, 2, 2, 1, "none"),
+    (1, 1, 1, 2, 1, "full"),
+    (2, 1, 1, 2, 1, "selective"),
+]
+
+
+@pytest.mark.parametrize(("dp", "replicas", "cp", "tp", "microbatches", "recompute"), CASES)
 def test_a_step_communicates_what_it_must_and_no_more(dp, replicas, cp, tp, microbatches, recompute):
     layout = {"dp_shard": dp, "dp_replicate": replicas, "cp": cp, "tp": tp}
     overrides = [*(f"parallel.{axis}={degree}" for axis, degree in layout.items()), f"train.recompute={recompute}"]

@@ -11,7 +11,7 @@ from parallel.planner.layout import Layout, Setting
 from parallel.planner.traffic import step_traffic
 from pretrain.config import resolve
 from pretrain.planner import ask, stage_cuts
-from tests.parallel.test_communication import FP32, MODEL, B, E, L, S, V, on_paper, step
+from tests.parallel.test_communication import CASES, FP32, MODEL, B, E, L, S, V, on_paper, step
 from tests.ranks import run_ranks
 
 
@@ -39,18 +39,6 @@ def without_scalars(found: dict[str, tuple[int, int]]) -> dict[str, tuple[int, i
     calls, size = found["all_reduce"]
     rest = {kind: value for kind, value in found.items() if kind != "all_reduce"}
     return rest | ({"all_reduce": (calls - 3, size - 16 - FP32 - 8)} if calls > 3 else {})
-
-
-CASES = [
-    (2, 1, 1, 1, 2, "none"),
-    (2, 2, 1, 1, 2, "none"),
-    (1, 1, 2, 1, 1, "none"),
-    (1, 1, 1, 2, 2, "none"),
-    (2, 1, 1, 2, 2, "none"),
-    (1, 1, 2, 2, 1, "none"),
-    (1, 1, 1, 2, 1, "full"),
-    (2, 1, 1, 2, 1, "selective"),
-]
 
 
 @pytest.mark.parametrize(("dp", "replicas", "cp", "tp", "microbatches", "recompute"), CASES)
