@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from pretrain.models.layers.linear import product_dtype
+
 IGNORED = -100  # target of a position that has no loss
 
 ChunkResult = tuple[Tensor, Tensor, Tensor]  # sum of cross entropy, sum of z-loss, gradient of their sum by the logits
@@ -77,9 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         """hidden [N / size, E], this process's rows; targets [size, N / size], those of all the group's rows."""
-        device, dtype = hidden.device.type, hidden.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = product_dtype(hidden)
         matrix = weight.to(dtype)
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
         weight_grad = torch.zeros_like(weight) if needs_grad else None

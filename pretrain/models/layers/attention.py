@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pretrain.models.layers import attention_backends as backends
 from pretrain.models.layers.attention_documents import document
 from pretrain.models.layers.attention_mask import AttentionMask
+from pretrain.models.layers.linear import product_dtype
 
 __all__ = ["BACKENDS", "AttentionCore", "AttentionMask", "attention", "choose_backend", "prepare_mask"]
 
@@ -144,12 +145,10 @@ def attention(
     Raises ValueError for shapes that do not fit and for a named ``backend`` that cannot do the call.
     """
     _check_shapes(q, k, mask)
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    dtype = product_dtype(q)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     S, T, D = q.shape[1], k.shape[1], q.shape[3]
-    call = Call(mask, device, q.dtype, S, T, D, v.shape[3], softcap)
+    call = Call(mask, q.device.type, q.dtype, S, T, D, v.shape[3], softcap)
     name = _choose(call)[0] if backend == "auto" else _checked(backend, call)
     out = BACKENDS[name].run(q, k, v, mask, D**-0.5 if scale is None else scale, softcap)
     if mask.documents is not None and (mask.packing is None or mask.packing.has_padding):

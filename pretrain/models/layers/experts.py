@@ -4,7 +4,7 @@ Shape letters: T tokens, H hidden, F width of an expert, E experts, K experts a 
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,14 +13,12 @@ from torch.nn import functional as F
 
 from pretrain.models.layers.mlp import ACTIVATIONS, Activation
 
-Method = Literal["auto", "grouped", "bucketed", "loop"]
-
-SLACK = 0.75  # experts share a batched product down to this share of the fullest one's rows
-FEW = 16  # rows: fewer cost as much as these
+Method = Literal["auto", "grouped", "in_place", "loop"]
 
 
 class Experts(nn.Module):
-    """rows [N, H], sorted by expert, and counts [E] -> rows: down(act(gate(x)) * up(x)), each by its own expert.
+    """rows [N, H], sorted by expert, and counts [E] -> rows: down(act(gate(x)) * up(x)), each by its own expert and
+    computed in the dtype of rows.
 
     Weights are stacked as [experts, out, in]. `weights()` gives those to compute with, an expert for each count.
     """
@@ -37,15 +35,11 @@ class Experts(nn.Module):
         return self.gate, self.up, self.down
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        weights = self.weights()
-        if torch.is_autocast_enabled(x.device.type):  # not every product of many matrices is on autocast's list
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weights = x.to(dtype), (weights[0].to(dtype), weights[1].to(dtype), weights[2].to(dtype))
+        gate, up, down = (weight.to(x.dtype) for weight in self.weights())
         method = self.method
         if method == "auto":
-            narrow = x.dtype == torch.bfloat16
-            method = ("grouped" if narrow else "bucketed") if x.is_cuda else "loop"  # as bench_moe measured
-        return METHODS[method](x, counts, weights, self.activation)
+            method = "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "in_place"  # as bench_moe measured
+        return METHODS[method](x, counts, (gate, up, down), self.activation)
 
 
 Weights = tuple[Tensor, Tensor, Tensor]
@@ -60,29 +54,9 @@ def grouped(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[T
     return F.grouped_mm(inner, down, offs=ends)
 
 
-def bucketed(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """Batched products over experts with about as many rows, padded to the fullest of them."""
-    rows = counts.tolist()
-    if min(rows) == max(rows):
-        return _batched(x.view(len(rows), rows[0], x.shape[1]), weights, activation).flatten(0, 1)
-    padding = _Padding(rows, x.device)
-    found = []
-    for bucket, padded in zip(padding.buckets, _Pad.apply(x, padding), strict=True):
-        own = weights if len(bucket) == len(rows) else _pick(weights, torch.tensor(bucket, device=x.device))
-        found.append(_batched(padded.view(len(bucket), -1, x.shape[1]), own, activation).flatten(0, 1))
-    return _Unpad.apply(padding, *found)
-
-
-def make_buckets(rows: list[int]) -> list[list[int]]:
-    """Experts in groups, fullest first within; in the order of experts where one group holds all."""
-    order = sorted(range(len(rows)), key=lambda expert: -rows[expert])
-    buckets: list[list[int]] = []
-    for expert in order:
-        if buckets and max(rows[expert], FEW) >= SLACK * max(rows[buckets[-1][0]], FEW):
-            buckets[-1].append(expert)
-        else:
-            buckets.append([expert])
-    return buckets if len(buckets) > 1 else [sorted(order)]
+def in_place(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same products as `loop`, each written where its result belongs: nothing is split, stacked or joined."""
+    return _InPlace.apply(x, counts.tolist(), *weights, activation)
 
 
 def loop(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -95,72 +69,56 @@ def loop(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[Tens
     return torch.cat(found)
 
 
-def _pick(weights: Weights, experts: Tensor) -> Weights:
-    gate, up, down = (weight.index_select(0, experts) for weight in weights)
-    return gate, up, down
+METHODS: dict[str, Compute] = {"grouped": grouped, "in_place": in_place, "loop": loop}
 
 
-def _batched(x: Tensor, weights: Weights, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    gate, up, down = (weight.transpose(1, 2) for weight in weights)
-    return (activation(x @ gate) * (x @ up)) @ down
-
-
-METHODS: dict[str, Compute] = {"grouped": grouped, "bucketed": bucketed, "loop": loop}
-
-
-class _Padding:
-    """Which row stands where. take: for each bucket, the row at each place; places: where the rows are among them;
-    pads: places that are none's, at which some row stands for nothing. back: where each row is, buckets in line."""
-
-    def __init__(self, rows: list[int], device: torch.device):
-        self.buckets = [bucket for bucket in make_buckets(rows) if any(rows[expert] for expert in bucket)]
-        starts = list(itertools.accumulate(rows, initial=0))
-        self.take, self.places, self.pads = [], [], []
-        for bucket in self.buckets:
-            most = max(rows[expert] for expert in bucket)
-            first, real = (torch.tensor([of[e] for e in bucket])[:, None] for of in (starts, rows))
-            place = torch.arange(most)
-            there = (place < real).flatten()
-            self.take.append((first + place.expand_as(first + place)).flatten().where(there, first[0]).to(device))
-            self.places.append(there.nonzero()[:, 0].to(device))
-            self.pads.append((~there).nonzero()[:, 0].to(device))
-        self.back: Tensor | None = None
-        if len(self.buckets) > 1:
-            line = torch.cat([take[places] for take, places in zip(self.take, self.places, strict=True)])
-            self.back = torch.empty_like(line).index_copy_(0, line, torch.arange(len(line), device=device))
-
-    def gather(self, padded: Sequence[Tensor]) -> Tensor:
-        """Of padded buckets their rows, in the order of experts."""
-        found = [part.index_select(0, places) for part, places in zip(padded, self.places, strict=True)]
-        return found[0] if self.back is None else torch.cat(found).index_select(0, self.back)
-
-
-class _Pad(torch.autograd.Function):
-    """x [N, H] -> buckets [places, H]. What stands at pads must get no gradient."""
-
+class _InPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, padding: _Padding) -> tuple[Tensor, ...]:
-        ctx.padding = padding
-        return tuple(x.index_select(0, take) for take in padding.take)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.padding.gather(grads), None
-
-
-class _Unpad(torch.autograd.Function):
-    """Buckets [places, H] -> rows [N, H]."""
-
-    @staticmethod
-    def forward(ctx: Any, padding: _Padding, *padded: Tensor) -> Tensor:
-        ctx.padding = padding
-        return padding.gather(padded)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        rows: list[int],
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        activation: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        ends = itertools.accumulate(rows)
+        spans = [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(rows, ends, strict=True)) if n]
+        gated, upped = (x.new_empty(len(x), gate.shape[1]) for _ in range(2))
+        for e, span in spans:
+            torch.mm(x[span], gate[e].t(), out=gated[span])
+            torch.mm(x[span], up[e].t(), out=upped[span])
+        inner = activation(gated).mul_(upped)
+        out = torch.empty_like(x)
+        for e, span in spans:
+            torch.mm(inner[span], down[e].t(), out=out[span])
+        ctx.save_for_backward(x, gated, upped, inner, gate, up, down)
+        ctx.spans, ctx.activation = spans, activation
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        padding: _Padding = ctx.padding
-        parts = zip(padding.take, padding.pads, strict=True)
-        return None, *(grads[0].index_select(0, take).index_fill_(0, pads, 0.0) for take, pads in parts)
+        x, gated, upped, inner, gate, up, down = ctx.saved_tensors
+        of_out, spans = grads[0], ctx.spans
+        new = torch.empty_like if len(spans) == len(gate) else torch.zeros_like  # zeros for experts without rows
+        of_gate, of_up, of_down = new(gate), new(up), new(down)
+        of_inner = torch.empty_like(inner)
+        for e, span in spans:
+            torch.mm(of_out[span], down[e], out=of_inner[span])
+            torch.mm(of_out[span].t(), inner[span], out=of_down[e])
+        gated = gated.detach().requires_grad_()
+        with torch.enable_grad():
+            active = ctx.activation(gated)
+        of_upped = of_inner * active.detach()
+        (of_gated,) = torch.autograd.grad(active, gated, of_inner.mul_(upped))
+        of_x = torch.empty_like(x)
+        for e, span in spans:
+            torch.mm(of_gated[span], gate[e], out=of_x[span])
+            of_x[span].addmm_(of_upped[span], up[e])
+            torch.mm(of_gated[span].t(), x[span], out=of_gate[e])
+            torch.mm(of_upped[span].t(), x[span], out=of_up[e])
+        return of_x, None, of_gate, of_up, of_down, None
 
 
 class _Dispatch(torch.autograd.Function):

@@ -1,8 +1,14 @@
-"""Several projections of one input as one matmul."""
+"""Matrix products: the dtype they are computed in; several projections of one input as one."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What products of x are computed in: its own dtype, or autocast's where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def fused_linear(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:

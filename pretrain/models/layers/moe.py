@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.models.layers.experts import Experts, combine, dispatch
+from pretrain.models.layers.linear import product_dtype
 from pretrain.models.layers.mlp import Activation, GatedMLP
 
 
@@ -287,7 +288,7 @@ class MixtureOfExperts(nn.Module):
 
     @torch.compiler.disable  # how many rows an expert gets is known at run time
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, 1)
+        flat = x.flatten(0, 1).to(product_dtype(x))  # before rows are repeated and sent
         token, weight, counts, slots = cast(Routes, self.routing(self.router(x)))
         if slots is None:
             rows = self.experts(flat.index_select(0, token), counts)

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.models.layers import experts as experts_module
-from pretrain.models.layers.experts import Experts, make_buckets
+from pretrain.models.layers.experts import Experts
 from pretrain.models.layers.moe import MixtureOfExperts, MoE, Routing
 
 B, S, H, F, E, K = 3, 20, 16, 12, 8, 2
@@ -70,29 +69,20 @@ COUNTS = [[5] * 4, [0, 0, 20, 0], [1, 40, 3, 0], [17, 16, 2, 31], [0, 40, 0, 0],
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_experts_in_buckets_equal_the_loop(counts):
+def test_experts_computed_in_place_equal_the_loop(counts):
     module = Experts(len(counts), H, F, "gelu").double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     found = {}
-    for method in ("loop", "bucketed"):
+    for method in ("loop", "in_place"):
         x = torch.linspace(-1, 1, sum(counts) * H, dtype=torch.double).view(-1, H).requires_grad_()
         module.method = method
         module.zero_grad()
         out = module(x, torch.tensor(counts))
         (out * out.detach().cos()).sum().backward()
         found[method] = [out, x.grad, *(p.grad for p in module.parameters())]
-    for ours, expected in zip(found["bucketed"], found["loop"], strict=True):
+    for ours, expected in zip(found["in_place"], found["loop"], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_buckets_hold_each_expert_once_and_little_padding():
-    rows = [100, 3, 90, 0, 55, 80, 1, 54]
-    buckets = make_buckets(rows)
-    assert sorted(e for bucket in buckets for e in bucket) == list(range(8))
-    padded = sum(max(max(rows[e] for e in bucket), 16) * len(bucket) for bucket in buckets)
-    assert padded <= sum(max(r, 16) for r in rows) / experts_module.SLACK
-    assert make_buckets([10, 11, 12]) == [[0, 1, 2]]
 
 
 def balance_of(module: MixtureOfExperts, x: Tensor, load: Tensor) -> Tensor:
