@@ -131,7 +131,7 @@ class _Trip:
         if self.tp is not None:
             own = self.shares[dist.get_rank(self.tp)]
             y = _exchange(y, [own] * len(self.shares), self.shares, self.tp)
-            y = y.view(len(self.shares), own, -1).sum(0)
+            y = y.view(len(self.shares), own, y.shape[-1]).sum(0)
         if self.ep is not None:
             y = _exchange(y, self.sent, self.received, self.ep)
         return y

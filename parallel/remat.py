@@ -13,7 +13,7 @@ Recompute = Literal["none", "selective", "full"]
 # Expensive to compute for their size: selective recomputation keeps the results of these, of every fused attention
 # kernel (known by its name: torch's, flash-attn's and our own are many) and of communication whose result is no larger
 # than its input, and recomputes the rest.
-SAVED_OPS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+SAVED_OPS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._grouped_mm.default}
 SAVED_NAMES = ("attention", "attn", "reduce_scatter", "all_to_all")
 
 

@@ -96,9 +96,14 @@ def _context_traffic(setting: Setting, layer: LayerShape) -> list[Item]:
 def _expert_traffic(setting: Setting, layer: LayerShape) -> list[Item]:
     if not layer.experts:
         return []
-    size = 2.0 if setting.program.compute in ("fp32", "bf16") else 1.5
-    routed = setting.tokens * layer.top_k * setting.shape.hidden * size
-    return [((2, 2), ("ep", "all-to-all", "tokens to experts and back", routed))]
+    layout, program = setting.layout, setting.program
+    size = program.saved * (1.0 if program.compute in ("fp32", "bf16") else 0.75)  # there in 8 bits, back in 16
+    routed = setting.tokens * layer.top_k * setting.stream * size
+    forward = 2 + (2 / layout.recompute_every if layout.recompute == "full" else 0)
+    found: list[Item] = [((2, forward), ("ep", "all-to-all", "tokens to experts and back", routed))]
+    if layout.expert_tp:  # each process has a part of every expert, for the tokens of all
+        found.append(((2, forward), ("tp", "all-to-all", "tokens to parts of experts and back", routed * layout.tp)))
+    return found
 
 
 def end_traffic(setting: Setting, part: Part) -> list[Traffic]:

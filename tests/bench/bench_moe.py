@@ -4,9 +4,9 @@
 
 8 experts, 2 a token, width 256, expert width 512, 4096 tokens; fp32, and bf16 autocast; then 64 experts. Candidates
 take turns in one process; a figure is the median of all rounds. "loop" is the textbook's: for each expert, find its
-tokens, compute, add to the result; "ours, loop" is our layer with `experts.method = "loop"`, which shares our sorting
-of rows. "products alone" are the nine matrix products of an evenly loaded expert, for each: no layer can take less, so
-loop / products is the most that loop / ours could be. Memory is taken as `pretrain run` takes it.
+tokens, compute, add to the result. "products alone" are the nine matrix products of an evenly loaded expert, for each:
+no layer can take less, so loop / products is the most that loop / ours could be. Memory is taken as `pretrain run`
+takes it.
 """
 
 import argparse
@@ -29,10 +29,8 @@ ROWS, LENGTH, HIDDEN, FFN, TOP_K = 8, 512, 256, 512, 2
 AIMS = {("ours", "loop"): 1.5, ("ours", "transformers"): 1.0}
 
 
-def ours(experts: int, method: str) -> nn.Module:
-    layer = MixtureOfExperts(MoE(experts=experts, top_k=TOP_K, ffn=FFN, balance="none"), HIDDEN, "silu")
-    layer.experts.method = method  # type: ignore[assignment]
-    return layer
+def ours(experts: int) -> MixtureOfExperts:
+    return MixtureOfExperts(MoE(experts=experts, top_k=TOP_K, ffn=FFN, balance="none"), HIDDEN, "silu")
 
 
 class Loop(nn.Module):
@@ -40,7 +38,7 @@ class Loop(nn.Module):
 
     def __init__(self, experts: int):
         super().__init__()
-        self.layer = ours(experts, "loop")
+        self.layer = ours(experts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, 1)
@@ -101,7 +99,7 @@ def products(experts: int, bf16: bool) -> Callable[[], None]:
 
 def measure(experts: int, bf16: bool, rounds: int) -> dict[str, float]:
     """Milliseconds of each candidate."""
-    layers = {"ours": ours(experts, "auto"), "loop": Loop(experts), "ours, loop": ours(experts, "loop")}
+    layers = {"ours": ours(experts), "loop": Loop(experts)}
     layers |= with_best_implementation(experts)
     x = torch.randn(ROWS, LENGTH, HIDDEN, requires_grad=True)
     steps = {}

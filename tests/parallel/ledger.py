@@ -18,7 +18,8 @@ NAMES = {
 
 
 class Ledger(TorchDispatchMode):
-    """Counts collectives, and the bytes of the larger of their input and output on one rank, while it is active."""
+    """Counts collectives, and the bytes of the larger of their input and output on one rank, while it is active; of an
+    all-to-all those of its input: over all ranks what is given is what is got."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +32,8 @@ class Ledger(TorchDispatchMode):
             name = func._schema.name.partition("::")[2].strip("_")
             kind = next((kind for kind, ops in NAMES.items() if name in ops), None)
             if kind is not None:
-                tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor)]
+                given = args[1 if func.namespace == "c10d" else 0] if kind == "all_to_all" else (args, result)
+                tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
                 self.calls[kind] += 1
                 self.bytes[kind] += max((tensor.nbytes for tensor in tensors), default=0)
         return result

@@ -135,7 +135,7 @@ def test_biases_are_equal_to_the_bit_under_every_ep_and_accumulation():
 
 def traffic(settings: list[str]) -> tuple[int, int, list[int]]:
     """All-to-alls of a step of one micro-batch, their bytes, and the rows each expert got."""
-    config = resolve("tiny", [*MODEL, "train.micro_batch=2", "train.precision=fp32", *settings])[0]
+    config = resolve("tiny", [*MODEL, "train.micro_batch=2", *settings])[0]
     objective = OBJECTIVES["causal"][1](config.objective)
     engine = build_engine(config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), objective)
     generator = torch.Generator().manual_seed(engine.data_rank)
@@ -149,17 +149,14 @@ def traffic(settings: list[str]) -> tuple[int, int, list[int]]:
     return ledger.calls["all_to_all"], ledger.bytes["all_to_all"], rows.tolist()
 
 
-def test_all_to_alls_carry_the_rows_and_no_more():
-    found = run_ranks(traffic, 2, ["parallel.dp_shard=2", "parallel.ep=2"])
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
+def test_all_to_alls_carry_the_rows_and_no_more(precision, size):
+    found = run_ranks(traffic, 2, ["parallel.dp_shard=2", "parallel.ep=2", f"train.precision={precision}"])
     sent = K * 2 * S  # rows of a process
-    total = 0
-    for layer in range(LAYERS):
-        rows = found[0][2][layer]
-        for arriving in (sum(rows[: E // 2]), sum(rows[E // 2 :])):
-            total += 4 * max(sent, arriving) * H * 4 + E * 8  # there and back, forward and backward; the counts
-    assert sum(found[0][2][0]) == 2 * sent
+    each = 4 * sent * H * size + E * 8  # there and back, forward and backward; the counts
+    assert [sum(rows) for rows in found[0][2]] == [2 * sent] * LAYERS
     assert [calls for calls, _, _ in found] == [LAYERS * 5] * 2
-    assert sum(size for _, size, _ in found) == total
+    assert sum(size for _, size, _ in found) == 2 * LAYERS * each
 
 
 def test_experts_lie_where_they_are_said_to():

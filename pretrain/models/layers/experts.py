@@ -3,17 +3,14 @@
 Shape letters: T tokens, H hidden, F width of an expert, E experts, K experts a token takes, N rows.
 """
 
-import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.models.layers.mlp import ACTIVATIONS, Activation
-
-Method = Literal["auto", "grouped", "in_place", "loop"]
 
 
 class Experts(nn.Module):
@@ -29,21 +26,17 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(experts, ffn, hidden))
         self.up = nn.Parameter(torch.empty(experts, ffn, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, ffn))
-        self.method: Method = "auto"
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.gate, self.up, self.down
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         gate, up, down = (weight.to(x.dtype) for weight in self.weights())
-        method = self.method
-        if method == "auto":
-            method = "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "in_place"  # as bench_moe measured
-        return METHODS[method](x, counts, (gate, up, down), self.activation)
+        compute = grouped if x.is_cuda and x.dtype == torch.bfloat16 else loop
+        return compute(x, counts, (gate, up, down), self.activation)
 
 
 Weights = tuple[Tensor, Tensor, Tensor]
-Compute = Callable[[Tensor, Tensor, Weights, Callable[[Tensor], Tensor]], Tensor]
 
 
 def grouped(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -54,71 +47,15 @@ def grouped(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[T
     return F.grouped_mm(inner, down, offs=ends)
 
 
-def in_place(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """The same products as `loop`, each written where its result belongs: nothing is split, stacked or joined."""
-    return _InPlace.apply(x, counts.tolist(), *weights, activation)
-
-
 def loop(x: Tensor, counts: Tensor, weights: Weights, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """One expert after the other: the reference."""
+    """One expert after the other. On a CPU batched products over padded experts, and products written in place into
+    stacked results, were no faster (tests/bench/RESULTS.md)."""
     parts = x.split(counts.tolist())
     found = [
         F.linear(activation(F.linear(part, gate)) * F.linear(part, up), down)
         for part, gate, up, down in zip(parts, *weights, strict=True)
     ]
     return torch.cat(found)
-
-
-METHODS: dict[str, Compute] = {"grouped": grouped, "in_place": in_place, "loop": loop}
-
-
-class _InPlace(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        rows: list[int],
-        gate: Tensor,
-        up: Tensor,
-        down: Tensor,
-        activation: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        ends = itertools.accumulate(rows)
-        spans = [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(rows, ends, strict=True)) if n]
-        gated, upped = (x.new_empty(len(x), gate.shape[1]) for _ in range(2))
-        for e, span in spans:
-            torch.mm(x[span], gate[e].t(), out=gated[span])
-            torch.mm(x[span], up[e].t(), out=upped[span])
-        inner = activation(gated).mul_(upped)
-        out = torch.empty_like(x)
-        for e, span in spans:
-            torch.mm(inner[span], down[e].t(), out=out[span])
-        ctx.save_for_backward(x, gated, upped, inner, gate, up, down)
-        ctx.spans, ctx.activation = spans, activation
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gated, upped, inner, gate, up, down = ctx.saved_tensors
-        of_out, spans = grads[0], ctx.spans
-        new = torch.empty_like if len(spans) == len(gate) else torch.zeros_like  # zeros for experts without rows
-        of_gate, of_up, of_down = new(gate), new(up), new(down)
-        of_inner = torch.empty_like(inner)
-        for e, span in spans:
-            torch.mm(of_out[span], down[e], out=of_inner[span])
-            torch.mm(of_out[span].t(), inner[span], out=of_down[e])
-        gated = gated.detach().requires_grad_()
-        with torch.enable_grad():
-            active = ctx.activation(gated)
-        of_upped = of_inner * active.detach()
-        (of_gated,) = torch.autograd.grad(active, gated, of_inner.mul_(upped))
-        of_x = torch.empty_like(x)
-        for e, span in spans:
-            torch.mm(of_gated[span], gate[e], out=of_x[span])
-            of_x[span].addmm_(of_upped[span], up[e])
-            torch.mm(of_gated[span].t(), x[span], out=of_gate[e])
-            torch.mm(of_upped[span].t(), x[span], out=of_up[e])
-        return of_x, None, of_gate, of_up, of_down, None
 
 
 class _Dispatch(torch.autograd.Function):

@@ -88,6 +88,39 @@ def test_planned_is_what_a_run_dispatches_on_every_kind_of_rank(degrees, words):
         assert planned(setting, pp_rank) == found, f"rank {rank}"
 
 
+EXPERTS = {"experts": 4, "top_k": 2, "ffn": 24, "first_dense": 1, "balance": "global"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("degrees", "words"),
+    [
+        ({"dp_shard": 2, "ep": 2}, []),
+        ({"dp_shard": 2, "ep": 2}, ["train.recompute=full"]),
+        ({"dp_shard": 2, "ep": 2}, ["train.recompute=selective"]),
+        ({"tp": 2}, []),
+        ({"dp_shard": 2, "tp": 2, "ep": 2}, []),
+        ({"dp_shard": 2, "tp": 2, "ep": 2, "expert_tp": False}, []),
+        ({"dp_shard": 2, "cp": 2, "ep": 2}, []),
+    ],
+    ids=str,
+)
+def test_planned_rows_of_experts_are_those_that_all_ranks_send(degrees, words):
+    """How many rows a process gets is the routers' choice; how many all of them send is not."""
+    words = [*(f"model.moe.{key}={value}" for key, value in EXPERTS.items()), *words]
+    recompute = next((w.partition("=")[2] for w in words if "recompute" in w), "none")
+    layout = Layout(**degrees, micro_batch=B, recompute=recompute)
+    overrides = [f"parallel.{axis}={str(degree).lower()}" for axis, degree in {"dp_shard": 1, **degrees}.items()]
+    overrides += [f"train.global_batch={2 * B * layout.data}", f"train.micro_batch={B}", *words]
+    ranks = run_ranks(step, layout.gpus, overrides, 2)
+    trips = 2 * (L - EXPERTS["first_dense"]) * (1 if recompute == "none" else 2)
+    calls, size = planned(setting_of(layout, 2, *words))["all_to_all"]
+    if layout.ep > 1:  # how many rows, of each expert
+        calls, size = calls + trips, size + trips * EXPERTS["experts"] * 8
+    assert [found["all_to_all"][0] for found in ranks] == [calls] * layout.gpus
+    assert sum(found["all_to_all"][1] for found in ranks) == size * layout.gpus
+
+
 def test_what_is_sent_is_less_than_what_is_gathered():
     setting = setting_of(Layout(dp_shard=4, micro_batch=B), 1)
     gather = next(t for t in step_traffic(setting, setting.parts[0]) if t.what == "embedding and head")
