@@ -1,12 +1,12 @@
 """From the meta device to real parameters, with initial values that do not depend on the layout."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 
 def materialise(model: Any, device: torch.device) -> None:
@@ -19,17 +19,38 @@ def materialise(model: Any, device: torch.device) -> None:
 def init_parameters(model: Any, seed: int, tied: Mapping[str, str]) -> None:
     """Fill every parameter and buffer with a function of (seed, its name): all layouts start equal.
 
-    One full tensor at a time is drawn on the CPU, and each rank keeps its part. tied: name -> name of the parameter,
-    perhaps of another pipeline stage, whose values it gets.
+    One full matrix at a time is drawn on the CPU, and each rank keeps its part; of a stack (experts) it draws those
+    that it holds. tied: name -> name of the parameter, perhaps of another pipeline stage, whose values it gets.
     """
     for own_name, parameter in (*model.named_parameters(), *model.named_buffers()):
         name = tied.get(own_name, own_name)
-        full = torch.empty(parameter.shape)  # fp32 values, whatever precision they are then kept in
-        model.init_parameter(name, full, generator_for(seed, name))
-        if isinstance(parameter, DTensor):
-            mine = full.to(parameter.device)
-            full = distribute_tensor(mine, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(full)
+        for number, part, placements in _matrices(parameter):
+            # fp32 values, whatever precision they are then kept in
+            full = torch.empty(parameter.shape if number is None else parameter.shape[1:])
+            own = name if number is None else f"{name}.{number}"
+            model.init_parameter(name, full, generator_for(seed, own))
+            if isinstance(parameter, DTensor):
+                full = full.to(parameter.device)
+                full = distribute_tensor(full, parameter.device_mesh, placements, src_data_rank=None).to_local()
+            part.copy_(full)
+
+
+def _matrices(parameter: Tensor) -> Iterator[tuple[int | None, Tensor, list[Placement]]]:
+    """What this process holds of a parameter, and how it is placed: all, or of a stack each matrix, with its number."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    placements = list(parameter.placements) if isinstance(parameter, DTensor) else []
+    if parameter.ndim < 3:
+        yield None, local, placements
+        return
+    numbers = torch.arange(len(parameter))
+    if isinstance(parameter, DTensor):
+        dims = [getattr(place, "dim", None) for place in placements]
+        of_stack = [place if dim == 0 else Replicate() for place, dim in zip(placements, dims, strict=True)]
+        numbers = numbers.to(parameter.device)
+        numbers = distribute_tensor(numbers, parameter.device_mesh, of_stack, src_data_rank=None).to_local()
+        placements = [Shard(dim - 1) if dim else Replicate() for dim in dims]
+    for number, matrix in zip(numbers.tolist(), local, strict=True):
+        yield number, matrix, placements
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

@@ -74,8 +74,8 @@ class Upcycling:
             return ffn
         if ffn % experts:
             raise ValueError(
-                f"--method {self.method}: model.ffn = {ffn} cannot be cut into moe.experts = {experts} equal parts; "
-                "choose a number of experts that divides it, or --method copy"
+                f"--method {self.method}: model.ffn = {ffn} cannot be cut into model.moe.experts = {experts} equal "
+                "parts; choose a number of experts that divides it, or --method copy"
             )
         return ffn // experts
 

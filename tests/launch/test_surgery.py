@@ -162,6 +162,17 @@ def test_pruning_keeps_the_most_used_experts(sparse, tmp_path, capsys):
     assert torch.equal(found, router[best : best + 1])
 
 
+def test_pruning_leaves_groups_of_equal_size(tmp_path, capsys):
+    wanted = ["model.moe.experts=6", "model.moe.top_k=2", "model.moe.ffn=20", "model.moe.groups=2"]
+    run = make_run(tmp_path / "run", *wanted, "model.moe.top_groups=1")
+    log_load(run, STEP, [[0.1, 2.0, 0.2, 1.5, 1.6, 2.1]] * 2)
+    assert cli("prune", run, tmp_path / "out", "--keep", 4) == 0
+    assert "layers.0.moe.router: kept 1, 2, 4, 5" in capsys.readouterr().out
+    assert logits(tmp_path / "out").isfinite().all()
+    assert cli("prune", run, tmp_path / "odd", "--keep", 3) == 2
+    assert "model.moe.groups" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -239,6 +250,10 @@ def test_training_goes_on_where_the_dense_run_ended(tmp_path, tiny_shards):
     assert evaluated[0] == evaluated[1]
     pretrain(*arguments, "optim.lr=0.01")
     pretrain("run", str(out / "config.toml"), "train.steps=4")
+    pretrain("checkpoint", "upcycle", str(run), str(tmp_path / "shared"), "--step", "8", *MOE)
+    layout = ["parallel.dp_shard=2", "parallel.ep=2", "train.stop_at=2", "--nproc", "2"]
+    pretrain("run", str(tmp_path / "shared/config.toml"), "train.steps=4", *layout)
+    assert losses("shared") == pytest.approx(losses("moe")[:2], abs=1e-5)
     assert losses("moe")[0] == pytest.approx(losses("dense")[8], abs=1e-5)
     assert all(math.isfinite(loss) for loss in losses("moe")) and len(losses("moe")) == 4
     pretrain("checkpoint", "prune", str(out), str(tmp_path / "pruned"), "--keep", "2", "--by", "load")

@@ -223,6 +223,15 @@ def test_a_run_goes_on_only_as_what_it_is(tmp_path, tiny_shards, capsys):
     assert "optim.lr 0.003 -> 0.0001" in starts[1]["changes"]
 
 
+def test_a_checkpoint_with_another_number_of_experts_is_refused(tmp_path, tiny_shards):
+    experts = ["model.moe.experts=4", "model.moe.ffn=16", "train.steps=2"]
+    train(small_config(tmp_path / "run", tiny_shards, *experts, "train.stop_at=1"), ALONE)
+    said = r"step-00000001 does not fit .* layers.0.moe.experts.gate \(float32 \[4, 16, 48\] there, float32 \[8, 16"
+    with pytest.raises(ValueError, match=said):
+        train(small_config(tmp_path / "run", tiny_shards, *experts, "model.moe.experts=8"), ALONE)
+    assert CheckpointStore(tmp_path / "run/checkpoints").verify(1) == []
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path, tiny_shards):
     config = small_config(tmp_path / "run", tiny_shards, "train.steps=3")
     train(config, ALONE)

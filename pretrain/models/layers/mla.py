@@ -36,9 +36,9 @@ class MLA:
     def __post_init__(self) -> None:
         for key, least in (("q_rank", 0), ("kv_rank", 1), ("nope_dim", 1), ("rope_dim", 2), ("v_dim", 1)):
             if getattr(self, key) < least:
-                raise ValueError(f"mla.{key} = {getattr(self, key)}: must be at least {least}")
+                raise ValueError(f"model.mla.{key} = {getattr(self, key)}: must be at least {least}")
         if self.rope_dim % 2:
-            raise ValueError(f"mla.rope_dim = {self.rope_dim} is odd; rotary positions rotate pairs")
+            raise ValueError(f"model.mla.rope_dim = {self.rope_dim} is odd; rotary positions rotate pairs")
 
     @property
     def qk_dim(self) -> int:

@@ -61,25 +61,25 @@ class MoE:
     def __post_init__(self) -> None:
         def need(fine: bool, key: str, what: str) -> None:
             if not fine:
-                raise ValueError(f"moe.{key} = {getattr(self, key)}: {what}")
+                raise ValueError(f"model.moe.{key} = {getattr(self, key)}: {what}")
 
         for key in ("experts", "top_k", "ffn", "every", "groups", "top_groups"):
             need(getattr(self, key) >= 1, key, "must be at least 1")
         for key in ("first_dense", "shared_ffn", "capacity", "balance_weight", "z_weight", "bias_rate"):
             need(getattr(self, key) >= 0, key, "must be at least 0")
         need(self.scale > 0, "scale", "must be above 0")
-        need(self.top_k <= self.experts, "top_k", f"must be at most moe.experts = {self.experts}")
-        need(self.experts % self.groups == 0, "groups", f"must divide moe.experts = {self.experts}")
-        need(self.top_groups <= self.groups, "top_groups", f"must be at most moe.groups = {self.groups}")
+        need(self.top_k <= self.experts, "top_k", f"must be at most model.moe.experts = {self.experts}")
+        need(self.experts % self.groups == 0, "groups", f"must divide model.moe.experts = {self.experts}")
+        need(self.top_groups <= self.groups, "top_groups", f"must be at most model.moe.groups = {self.groups}")
         in_groups = self.top_groups * (self.experts // self.groups)
         need(self.top_k <= in_groups, "top_k", f"the {self.top_groups} best groups have {in_groups} experts")
         per_group = self.experts // self.groups
         need(self.group_score == "max" or per_group > 1, "group_score", "needs groups of at least 2 experts")
-        need(not self.shared_gate or self.shared_ffn > 0, "shared_gate", "needs moe.shared_ffn")
+        need(not self.shared_gate or self.shared_ffn > 0, "shared_gate", "needs model.moe.shared_ffn")
         if self.choice == "expert":
             for key in ("capacity", "bias"):
-                need(not getattr(self, key), key, 'has no meaning where moe.choice = "expert"')
-            need(self.groups == 1, "groups", 'has no meaning where moe.choice = "expert"')
+                need(not getattr(self, key), key, 'has no meaning where model.moe.choice = "expert"')
+            need(self.groups == 1, "groups", 'has no meaning where model.moe.choice = "expert"')
             need(self.balance == "none", "balance", 'experts that choose are balanced; set "none"')
 
     def sparse(self, layer: int) -> bool:

@@ -22,8 +22,8 @@ SMALL = ["model.vocab_size=67", "model.kv_heads=0", "model.layers=2", "model.mla
         ("model.qkv_bias=true", "model.qkv_bias = True has no meaning with model.mla"),
         ("model.qk_norm=head", "model.qk_norm = 'head' has no meaning with model.mla"),
         ("model.positions=learned", "model.positions = 'learned' has no meaning with model.mla"),
-        ("model.mla.rope_dim=7", "mla.rope_dim = 7 is odd"),
-        ("model.mla.v_dim=0", "mla.v_dim = 0: must be at least 1"),
+        ("model.mla.rope_dim=7", "model.mla.rope_dim = 7 is odd"),
+        ("model.mla.v_dim=0", "model.mla.v_dim = 0: must be at least 1"),
         ("model.mla.kv_lora_rank=8", "unknown key model.mla.kv_lora_rank"),
     ],
 )

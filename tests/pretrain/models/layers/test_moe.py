@@ -205,16 +205,16 @@ def test_the_router_computes_in_fp32_under_autocast():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 9}, "moe.top_k = 9: must be at most moe.experts = 8"),
-        ({"experts": 0}, "moe.experts = 0: must be at least 1"),
-        ({"groups": 3}, "moe.groups = 3: must divide moe.experts = 8"),
-        ({"groups": 4, "top_groups": 5}, "moe.top_groups = 5: must be at most moe.groups = 4"),
-        ({"groups": 8, "top_k": 2}, "moe.top_k = 2: the 1 best groups have 1 experts"),
-        ({"groups": 8, "top_groups": 8, "group_score": "top2"}, "moe.group_score = top2: needs groups of at least 2"),
-        ({"capacity": -1.0}, "moe.capacity = -1.0: must be at least 0"),
-        ({"shared_gate": True}, "moe.shared_gate = True: needs moe.shared_ffn"),
-        ({"choice": "expert"}, "moe.balance = global: experts that choose are balanced"),
-        ({"choice": "expert", "balance": "none", "bias": True}, "moe.bias = True: has no meaning where"),
+        ({"top_k": 9}, "model.moe.top_k = 9: must be at most model.moe.experts = 8"),
+        ({"experts": 0}, "model.moe.experts = 0: must be at least 1"),
+        ({"groups": 3}, "model.moe.groups = 3: must divide model.moe.experts = 8"),
+        ({"groups": 4, "top_groups": 5}, "model.moe.top_groups = 5: must be at most model.moe.groups = 4"),
+        ({"groups": 8, "top_k": 2}, "model.moe.top_k = 2: the 1 best groups have 1 experts"),
+        ({"groups": 8, "top_groups": 8, "group_score": "top2"}, "model.moe.group_score = top2: needs groups of at"),
+        ({"capacity": -1.0}, "model.moe.capacity = -1.0: must be at least 0"),
+        ({"shared_gate": True}, "model.moe.shared_gate = True: needs model.moe.shared_ffn"),
+        ({"choice": "expert"}, "model.moe.balance = global: experts that choose are balanced"),
+        ({"choice": "expert", "balance": "none", "bias": True}, "model.moe.bias = True: has no meaning where"),
     ],
 )
 def test_options_that_make_no_sense(options, message):
