@@ -1,8 +1,9 @@
 """What a machine with a GPU has to show. Skips visibly without one (exit code 2).
 
-    make gpu-check        (or: python -m tests.bench.gpu_check [--steps 20] [--micro-batch 4] [--skip-attention])
+    make gpu-check        (or: python -m tests.bench.gpu_check [--steps 20] [--micro-batch 4] [--skip-kernels])
 
-1. every attention back end against the fp64 reference, forward and gradients;
+1. every attention back end against the fp64 reference, forward and gradients; experts in one kernel too, and their
+   rate against dense products (tests.bench.gpu_attention, tests.bench.gpu_experts);
 2. a 1B dense model (recipe llama3-1b, sequence 4096, bf16, compiled): tokens/s, MFU, peak memory, beside a bare loop
    around transformers' Llama with SDPA (or flash-attn) and compile on the same GPU;
 3. bitwise resume.
@@ -138,7 +139,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--skip-attention", action="store_true")
+    parser.add_argument("--skip-kernels", action="store_true")
     parser.add_argument("--only", choices=CANDIDATES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -150,8 +151,8 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     failures = 0
     here = [sys.executable, "-m"]
-    if not args.skip_attention:
-        failures += subprocess.run([*here, "tests.bench.gpu_attention"], check=False).returncode != 0
+    for kernels in () if args.skip_kernels else ("gpu_attention", "gpu_experts"):
+        failures += subprocess.run([*here, f"tests.bench.{kernels}"], check=False).returncode != 0
     for name in CANDIDATES:  # a process each, so that neither sees the other's memory or caches
         command = [*here, "tests.bench.gpu_check", "--only", name, "--steps", str(args.steps)]
         failures += subprocess.run([*command, "--micro-batch", str(args.micro_batch)], check=False).returncode != 0
