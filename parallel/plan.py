@@ -17,7 +17,7 @@ Style = Literal[
     "row",  # Linear, input features cut: features in, the sum scattered to sequence parts
     "sequence",  # parameters replicated, works on sequence parts
     "share",  # no parameters of its own: sequence parts gathered for all processes' heads, whose gradients are summed
-    "position",  # Embedding of positions: as sequence, but its input is a whole row of positions
+    "position",  # as sequence, but its input is a whole row (of positions, of pixels)
     "head_norm",  # parameters replicated, works on this process's heads
     "width_norm",  # cut along the last dim as the column output that it normalises
     "vocabulary",  # Embedding, rows cut: whole rows of tokens in, sequence parts out

@@ -44,7 +44,7 @@ STYLES: dict[Style, Layout] = {
     "row": Layout(COLUMNS, WHOLE, FEATURES, FEATURES, SEQUENCE),
     "sequence": Layout(WHOLE, WHOLE, SEQUENCE, SEQUENCE, SEQUENCE),
     "share": Layout(None, None, SEQUENCE, WHOLE, WHOLE),
-    "position": Layout(WHOLE, None, WHOLE, SEQUENCE, SEQUENCE),
+    "position": Layout(WHOLE, WHOLE, WHOLE, SEQUENCE, SEQUENCE),
     "head_norm": Layout(WHOLE, WHOLE, HEADS, HEADS, HEADS),
     "width_norm": Layout(ROWS, ROWS, FEATURES, FEATURES, FEATURES),
     "vocabulary": Layout(ROWS, None, WHOLE, WHOLE, SEQUENCE),

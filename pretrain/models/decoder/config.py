@@ -148,7 +148,7 @@ class DecoderConfig(ModelConfig):
         embeddings = self.vocab_size * self.hidden * (1 if self.tied else 2)
         if self.positions == "learned":
             embeddings += self.max_seq_len * self.hidden
-        layers = sum(self._layer_parameters(i, active) for i in range(self.layers))
+        layers = sum(self.layer_parameters(i, active) for i in range(self.layers))
         return embeddings + layers + self._norm_parameters(self.hidden)
 
     def _norm_parameters(self, dim: int) -> int:
@@ -166,7 +166,8 @@ class DecoderConfig(ModelConfig):
             attention += self._norm_parameters(q_width) + self._norm_parameters(kv_width)
         return attention
 
-    def _layer_parameters(self, index: int, active: bool) -> int:
+    def layer_parameters(self, index: int, active: bool = False) -> int:
+        """Of one block; as `num_parameters`."""
         inner = 2 if self.gated else 1
         mlp = self.hidden * self.ffn * (inner + 1) + (inner * self.ffn + self.hidden) * self.mlp_bias
         if self.moe is not None and self.sparse(index):
@@ -178,7 +179,7 @@ class DecoderConfig(ModelConfig):
 
     @property
     def flops_per_token(self) -> float:
-        layers = sum(self._layer_parameters(i, active=True) for i in range(self.layers))
+        layers = sum(self.layer_parameters(i, active=True) for i in range(self.layers))
         return 6.0 * (layers + self.vocab_size * self.hidden)
 
     def attention_flops_per_token(self, seq_len: int) -> float:
