@@ -16,10 +16,11 @@ from typing import Self
 import numpy as np
 import torch
 
-from data_pipeline.pack import IGNORED, Samples, SampleStream, TokenStream
+from data_pipeline.pack import IGNORED, ImageSamples, Samples, SampleStream, TokenStream
 
 MicroBatch = dict[str, torch.Tensor]
-"""``tokens``, ``targets`` (-100 ignored), ``positions``, ``documents``; each int32 [B, S].
+"""``tokens``, ``targets`` (-100 ignored), ``positions``, ``documents``; each int32 [B, S]. With pictures also the other
+fields of ``ImageSamples``.
 """
 
 
@@ -133,10 +134,9 @@ def held_out_batches(
         yield to_torch(samples)
 
 
-def to_torch(samples: Samples) -> MicroBatch:
+def to_torch(samples: Samples | ImageSamples) -> MicroBatch:
     """Samples as a micro-batch of tensors that share their memory: tokens lose their last column, only a
     target.
     """
-    arrays = {"tokens": samples.tokens[:, :-1], "targets": samples.targets}
-    arrays |= {"positions": samples.positions, "documents": samples.documents}
+    arrays = samples._asdict() | {"tokens": samples.tokens[:, :-1]}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -27,13 +27,27 @@ class Samples(NamedTuple):
     documents: np.ndarray  # [B, S]; 0, 1, 2, ... along the row
 
 
+class ImageSamples(NamedTuple):
+    """Samples with pictures: B of them, S tokens and P patches each. A patch has D = 3 * side**2 values."""
+
+    tokens: np.ndarray  # [B, S + 1] int32; an image token at each place of a picture
+    targets: np.ndarray  # [B, S] int32; as in `Samples`, IGNORED also where an image token would come next
+    positions: np.ndarray  # [B, S] int32
+    documents: np.ndarray  # [B, S] int32; -1 for padding
+    slots: np.ndarray  # [B, S] int32; place in [0, P) of the first patch that an image token stands for, -1 for text
+    spans: np.ndarray  # [B, S] int32; number in the row of the picture that a token belongs to, -1 for text
+    patches: np.ndarray  # [B, P, D] uint8; as (channel, y, x), RGB, 0 to 255
+    images: np.ndarray  # [B, P] int32; number in the row of the picture that a patch is of, -1 for padding
+    grid: np.ndarray  # [B, P, 2] int32; row and column in the picture, (-1, -1) for a class token's place
+
+
 class SampleStream(Protocol):
     """What the loader needs; a mixture of streams is one as well."""
 
     @property
     def seq_len(self) -> int: ...
 
-    def read(self, start: int, count: int) -> Samples: ...
+    def read(self, start: int, count: int) -> Samples | ImageSamples: ...
 
 
 class TokenStream:

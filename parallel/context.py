@@ -132,6 +132,8 @@ def _check_ring(q: Tensor, mask: Any, cp: int) -> None:
     B, S = q.shape[:2]
     if mask.prefix is not None:
         raise ValueError(_refusal("a prefix mask"))
+    if mask.spans is not None:
+        raise ValueError(_refusal("spans that see each other both ways"))
     if q.device.type == "cuda" and mask.window is not None:
         raise ValueError(_refusal("a sliding window on a GPU"))
     if q.device.type == "cuda" and q.dtype not in (torch.bfloat16, torch.float16):

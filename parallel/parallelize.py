@@ -92,11 +92,13 @@ def _make_stage(spec: EngineSpec, mesh: Mesh | None, device: torch.device, stage
     if mesh is not None:
         for core in match_modules(model, spec.plan.attention).values():
             apply_context(core, mesh["cp"], spec.parallel.cp_method)
-    for layer, block in zip(stages[index], blocks, strict=True):
-        if layer % spec.recompute_every == 0:
+    towers = [block for pattern in spec.plan.towers if index == 0 for block in match_modules(model, pattern).values()]
+    numbered = [*zip(stages[index], blocks, strict=True), *enumerate(towers)]
+    for number, block in numbered:
+        if number % spec.recompute_every == 0:
             apply_remat(block, spec.recompute)
     if spec.compile:
-        for block in blocks:
+        for _, block in numbered:
             block.compile()
     stage = Stage(model, spec.forward, spec.loss if last else None)
     # On CPU autocast's own cast is cheaper than gathering in bf16.
@@ -106,7 +108,7 @@ def _make_stage(spec: EngineSpec, mesh: Mesh | None, device: torch.device, stage
         held = [module for module in model.modules() if module in experts]
         apply_fsdp(
             stage,
-            blocks,
+            [block for _, block in numbered],
             mesh,
             experts=held,
             bf16=bf16,

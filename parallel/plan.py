@@ -36,7 +36,9 @@ class Plan:
     attention: the attention cores, whose forward context parallelism replaces.
     tied: name of a parameter -> name of the one it shares storage with.
     heads, kv_heads: number of query heads and of key/value heads of one layer. hidden: width of what goes from block to
-    block. routing: modules that decide which rows experts get. experts: in a layer that has them; 0: none.
+    block. routing: modules that decide which rows experts get. experts: in a layer that has them; 0: none. towers:
+    further modules that are sharded, recomputed and compiled one by one, of the first pipeline stage. tower_heads:
+    numbers of heads there, which tensor parallelism must divide too.
     """
 
     blocks: str
@@ -50,6 +52,8 @@ class Plan:
     hidden: int = 1
     routing: str = ""
     experts: int = 0
+    towers: tuple[str, ...] = ()
+    tower_heads: tuple[int, ...] = ()
 
 
 def match_modules(model: nn.Module, pattern: str) -> dict[str, nn.Module]:

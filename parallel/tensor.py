@@ -9,6 +9,7 @@ Sources: Shoeybi et al. 2019 (arXiv:1909.08053), Korthikanti et al. 2022 (arXiv:
 """
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -68,9 +69,12 @@ def apply_tensor(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
 
 def check_tensor(plan: Plan, tp: int, seq_len: int) -> None:
     """Raises ValueError when `tp` processes cannot share the heads, or the `seq_len` tokens that cp leaves them."""
-    if plan.heads % tp:
-        legal = [degree for degree in range(1, plan.heads + 1) if plan.heads % degree == 0]
-        raise ValueError(f"parallel.tp = {tp} does not divide the model's {plan.heads} heads; set it to one of {legal}")
+    every = (plan.heads, *plan.tower_heads)
+    if any(heads % tp for heads in every):
+        shared = gcd(*every)
+        legal = [degree for degree in range(1, shared + 1) if shared % degree == 0]
+        named = " and ".join(map(str, dict.fromkeys(every)))
+        raise ValueError(f"parallel.tp = {tp} does not divide the model's {named} heads; set it to one of {legal}")
     if seq_len % tp:
         raise ValueError(
             f"parallel.tp = {tp} does not divide the {seq_len} tokens of a sequence that parallel.cp leaves each "

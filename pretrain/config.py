@@ -57,6 +57,7 @@ class DataConfig(Section):
 
     seq_len: int = Field(512, gt=0, description="Tokens of one sample")
     sources: tuple[SourceConfig, ...] = Field((), description="Where samples come from; none: a small built-in text")
+    patches: int = Field(0, ge=0, description="Image patches of one sample, all pictures together; 0: text alone")
     prefetch: int = Field(2, ge=0, description="Steps read ahead in a background thread")
 
 
@@ -135,6 +136,7 @@ class RunConfig(Section):
         if self.engine not in ENGINES:
             raise ValueError(f"engine = {self.engine!r} is unknown: one of {', '.join(ENGINES)}")
         self.model.check_length(self.data.seq_len)
+        self.model.check_patches(self.data.patches)
         if self.train.global_batch % self.train.micro_batch:
             raise ValueError(
                 f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "

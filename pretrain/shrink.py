@@ -4,6 +4,8 @@ import math
 from dataclasses import is_dataclass, replace
 from typing import Any
 
+from pydantic import BaseModel
+
 from pretrain.config import RunConfig
 
 HEAD_DIM, VOCABULARY, TOKENS = 8, 128, 48  # about; each is raised to what the degrees need
@@ -52,6 +54,10 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
     moe = getattr(model, "moe", None)
     if moe is not None:
         values["moe"] = _few_experts(moe, processes, hidden / width)
+    pictures: dict[str, Any] = {}
+    if config.data.patches:
+        values |= _small_pictures(model, processes)
+        pictures["patches"] = _dim(TOKENS, model.connector.merge**2 * degrees["tp"])
     seq_len = _dim(TOKENS, 2 * degrees["cp"] * degrees["tp"]) + config.data.seq_len % (
         2 * degrees["cp"] * degrees["tp"]
     )
@@ -60,7 +66,8 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
         values["window"] = max(2, seq_len // 5)
     if not model.vocab_size:
         values["vocab_size"] = _dim(VOCABULARY, processes)
-    values = {name: v for name, v in values.items() if name in ("moe", "mla") or not 0 < getattr(model, name) < v}
+    numbers = {name for name, value in values.items() if isinstance(value, int)}
+    values = {name: v for name, v in values.items() if name not in numbers or not 0 < getattr(model, name) < v}
     if getattr(model, "init_std", 0) and hidden:
         # At a small width the usual 0.02 makes attention all but uniform: wrong masks and positions would hardly show.
         values["init_std"] = max(model.init_std, round(hidden**-0.5, 3))
@@ -70,9 +77,9 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
     stages = tuple(min(count, 2) for count in config.parallel.stage_layers)
     small = config.model_copy(
         update={
-            "model": type(model).model_validate({**model.model_dump(), **values}),
+            "model": type(model).model_validate(model.model_dump() | values),
             "objective": objective,
-            "data": config.data.model_copy(update={"seq_len": min(seq_len, config.data.seq_len)}),
+            "data": config.data.model_copy(update={"seq_len": min(seq_len, config.data.seq_len), **pictures}),
             "parallel": config.parallel.model_copy(update={"stage_layers": stages}),
         }
     )
@@ -94,9 +101,32 @@ def _differences(where: str, old: dict[str, Any], new: dict[str, Any]) -> list[C
         before = old[key]
         if is_dataclass(before) and is_dataclass(after):
             found += _differences(f"{where}.{key}", vars(before), vars(after))
+        elif isinstance(before, BaseModel) and isinstance(after, BaseModel):
+            found += _differences(f"{where}.{key}", dict(before), dict(after))
         elif before != after:
             found.append((f"{where}.{key}", before, after))
     return found
+
+
+def _small_pictures(model: Any, processes: int) -> dict[str, Any]:
+    """Of tower, patches and connector; no two widths alike."""
+    connector = model.connector.model_copy(
+        update={
+            "ffn": _dim(40, processes) if model.connector.ffn else 0,
+            "queries": min(model.connector.queries, 4),
+            "heads": math.gcd(model.connector.heads, processes),
+        }
+    )
+    found = {"patches": model.patches.model_copy(update={"size": 2}), "connector": connector}
+    if model.vision is None:
+        return found
+    vision = model.vision
+    heads = math.gcd(vision.heads, processes)
+    layers = min(vision.layers, 2 - vision.output_layer - 1)
+    merge = model.connector.merge
+    grid = tuple(min(side, max(merge, 4)) for side in vision.grid)
+    dims = {"heads": heads, "hidden": heads * HEAD_DIM, "ffn": _dim(24, processes), "layers": layers, "grid": grid}
+    return found | {"vision": vision.model_copy(update=dims)}
 
 
 def _few_experts(moe: Any, processes: int, scale: float) -> Any:

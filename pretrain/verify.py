@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from data_pipeline.loader import Loader
+from data_pipeline.pack import SampleStream
 from parallel.context import check_context
 from parallel.engine import Batch, Engine, Sums
 from parallel.expert import check_experts
@@ -33,7 +34,7 @@ from parallel.world import World
 from pretrain.config import RunConfig, validate
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
-from pretrain.synthetic import SyntheticStream
+from pretrain.synthetic import SyntheticPictures, SyntheticStream
 from pretrain.train import build_engine, train_step
 
 OPTIMIZERS = ("adamw", "muon")
@@ -77,7 +78,7 @@ def run_steps(config: RunConfig, world: World, steps: int) -> Outcome:
     engine = build_engine(config, world, objective, compiling)
     recorder: Any = Recorder(engine)
     loader = Loader(
-        SyntheticStream(seq_len=config.data.seq_len, vocab_size=config.model.vocab_size, seed=config.run.seed),
+        synthetic_stream(config),
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         rank=engine.data_rank,
@@ -100,6 +101,26 @@ def run_steps(config: RunConfig, world: World, steps: int) -> Outcome:
     engine.close()
     tensors = {"initial weights": initial, "gradients": recorder.gradients, "weights": weights}
     return Outcome({"losses": losses, "norms": norms}, tensors)
+
+
+def synthetic_stream(config: RunConfig) -> SampleStream:
+    """Samples from a seed, of the kind that the recipe's model takes."""
+    model = config.model
+    text = SyntheticStream(seq_len=config.data.seq_len, vocab_size=model.vocab_size, seed=config.run.seed)
+    if not config.data.patches:
+        return text
+    vision, merge = model.vision, model.connector.merge
+    rows, columns = vision.grid if vision is not None else (4 * merge, 4 * merge)
+    return SyntheticPictures(
+        text,
+        patches=config.data.patches,
+        values=model.patches.values,
+        sides=(rows // merge * merge, columns // merge * merge),
+        merge=merge,
+        class_slot=vision is not None and vision.class_token,
+        queries=model.connector.queries,
+        image_token=model.image_token,
+    )
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

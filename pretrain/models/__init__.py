@@ -6,9 +6,13 @@ from pretrain.models.decoder.hf import BRANDS as DECODER_BRANDS
 from pretrain.models.decoder.model import Decoder
 from pretrain.models.decoder.plan import plan as decoder_plan
 from pretrain.models.family import Family
+from pretrain.models.vlm.config import VLMConfig
+from pretrain.models.vlm.model import VLM
+from pretrain.models.vlm.plan import plan as vlm_plan
 
 FAMILIES: dict[str, Family] = {
     "decoder": Family(
         config=DecoderConfig, build=Decoder, plan=decoder_plan, hf=DECODER_BRANDS, feed_forward=feed_forward
     ),
+    "vlm": Family(config=VLMConfig, build=VLM, plan=vlm_plan, hf={}, feed_forward=feed_forward),
 }

@@ -24,6 +24,14 @@ class ModelConfig(BaseModel):
                 "lower the first or raise the second"
             )
 
+    def check_patches(self, patches: int) -> None:
+        """Raises ValueError where samples with this many image patches cannot be trained on."""
+        if patches:
+            raise ValueError(
+                f'data.patches = {patches}, but model.family = "{getattr(self, "family", "")}" sees no pictures; '
+                "set it to 0, or choose a family that does"
+            )
+
     @property
     def flops_per_token(self) -> float:
         """Model FLOPs of forward and backward for one token, attention aside."""

@@ -1,6 +1,7 @@
 """Next-token prediction."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pretrain.models.layers.attention import AttentionMask, choose_backend
+from pretrain.models.vlm.model import Pictures
 from pretrain.objectives.cross_entropy import IGNORED, chunk_loss, chunked_cross_entropy
 
 MicroBatch = dict[str, Any]
@@ -23,16 +25,20 @@ class CausalConfig(BaseModel):
     document_mask: bool = Field(
         True, description="Tokens see their own document only and positions restart in each; false: the whole row"
     )
+    image_attention: Literal["causal", "both"] = Field(
+        "causal", description="Tokens of one image see each other both ways, or as text does"
+    )
     chunk_tokens: int = Field(1024, gt=0, description="Tokens whose logits exist at once")
 
 
 class CausalObjective:
     """collate + count + forward + loss of next-token prediction.
 
-    sequence: entries of a micro-batch [B, S] that context parallelism cuts. sums: names of what `loss` returns.
+    sequence: entries of a micro-batch [B, S] that context parallelism cuts, where it has them. sums: names of what
+    `loss` returns.
     """
 
-    sequence = ("tokens", "targets", "positions")
+    sequence = ("tokens", "targets", "positions", "slots")
 
     def __init__(self, config: CausalConfig):
         self.config = config
@@ -45,21 +51,16 @@ class CausalObjective:
 
     def collate(self, batch: MicroBatch) -> MicroBatch:
         """Samples of the stream -> tokens, targets, positions and the attention mask, on the host."""
-        if self.config.document_mask:
-            mask = AttentionMask.packed(batch["documents"])
-            return {
-                "tokens": batch["tokens"],
-                "targets": batch["targets"],
-                "positions": batch["positions"],
-                "mask": mask,
-            }
-        length = batch["tokens"].shape[1]
-        return {
-            "tokens": batch["tokens"],
-            "targets": batch["targets"],
-            "positions": torch.arange(length)[None],
-            "mask": AttentionMask(),
-        }
+        kept: MicroBatch = {name: batch[name] for name in ("tokens", "targets", "positions", "slots") if name in batch}
+        if "patches" in batch:
+            kept["pictures"] = Pictures.packed(batch["patches"], batch["images"], batch["grid"])
+        if not self.config.document_mask:
+            length = batch["tokens"].shape[1]
+            return {**kept, "positions": torch.arange(length)[None], "mask": AttentionMask()}
+        mask = AttentionMask.packed(batch["documents"])
+        if self.config.image_attention == "both" and "spans" in batch:
+            mask = replace(mask, spans=batch["spans"])
+        return {**kept, "mask": mask}
 
     def describe(self, batch: MicroBatch, model: Any, precision: str, device: torch.device) -> str:
         """For the log: which attention back end this batch takes, and why."""
@@ -82,7 +83,8 @@ class CausalObjective:
 
     def forward(self, model: Any, batch: MicroBatch, x: Tensor | None = None) -> Tensor:
         """Hidden states [B, S, E] of the micro-batch; `x`: what the pipeline stage before this one gave."""
-        return model(batch["tokens"] if x is None else x, batch["mask"], batch["positions"])
+        pictures = {name: batch[name] for name in ("pictures", "slots") if name in batch}
+        return model(batch["tokens"] if x is None else x, batch["mask"], batch["positions"], **pictures)
 
     def loss(self, model: Any, hidden: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         """Sums over the micro-batch. "loss" is what is differentiated; the others are its parts, for the log."""

@@ -135,16 +135,23 @@ class Decoder(nn.Module):
         """x: tokens, or hidden states where there is no `embed`. mask: causal when None; positions [B, S] or [1, S]:
         counted from the cache's end when None.
         """
-        mask = AttentionMask() if mask is None else mask
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
         if self.embed is not None:
-            x = self.embed(x)
-            if self.cfg.embedding_scale != 1.0:
-                x = x * self.cfg.embedding_scale
-            if self.pos_embed is not None:
-                x = x + self.pos_embed(positions)
+            x = self.embed_tokens(x, positions)
+        return self.run(x, AttentionMask() if mask is None else mask, positions, cache)
+
+    def embed_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens, positions [B, S] -> [B, S, E]: what the blocks get."""
+        assert self.embed is not None
+        x = self.embed(tokens)
+        if self.cfg.embedding_scale != 1.0:
+            x = x * self.cfg.embedding_scale
+        return x if self.pos_embed is None else x + self.pos_embed(positions)
+
+    def run(self, x: Tensor, mask: AttentionMask, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Blocks and final norm, as far as this stage has them."""
         masks, rotations = self._by_kind(mask, positions)
         for block in cast(Iterable[Block], self.layers.values()):
             x = block(x, masks[block.kind], rotations[block.kind], cache)

@@ -81,6 +81,8 @@ def _packed_obstacle(call: Call) -> str | None:
     mask = call.mask
     if mask.prefix is not None:
         return "has no prefix mask"
+    if mask.spans is not None:
+        return "has no spans that see each other both ways"
     if call.head_dim != call.value_dim:
         return f"needs equal head sizes, got {call.head_dim} for keys and {call.value_dim} for values"
     if call.queries != call.keys and not (call.device == "cuda" and mask.documents is None):
@@ -258,6 +260,8 @@ def _check_shapes(q: Tensor, k: Tensor, mask: AttentionMask) -> None:
         raise ValueError(f"attention has {H} query heads and {K} key-value heads: must be a multiple")
     if S > T and not mask.is_full:
         raise ValueError(f"attention has {S} queries and {T} keys: only an all-seeing mask allows S > T")
-    for name, rows, expected in (("documents", mask.documents, (B, T)), ("prefix", mask.prefix, (B,))):
+    wanted = {"documents": (B, T), "spans": (B, T), "prefix": (B,)}
+    for name, expected in wanted.items():
+        rows = getattr(mask, name)
         if rows is not None and rows.shape != expected:
             raise ValueError(f"{name} has shape {tuple(rows.shape)}: must be {expected} for this batch")

@@ -96,7 +96,7 @@ def cap(scores: Tensor, softcap: float) -> Tensor:
 
 def _columns(mask: AttentionMask, rows: range, T: int, offset: int) -> range:
     """The keys that a block of queries may see, as far as positions alone tell."""
-    if mask.prefix is not None:
+    if mask.prefix is not None or mask.spans is not None:
         return range(T)
     low, high = 0, T
     if mask.causal:
@@ -195,7 +195,7 @@ def _compiled_flex():
 def flex_blocks(mask: AttentionMask, S: int, T: int, device: torch.device) -> BlockMask:
     """FlexAttention's block mask for S queries at the end of T positions."""
     offset = max(T - S, 0)
-    causal, window, prefix, documents = mask.causal, mask.window, mask.prefix, mask.documents
+    causal, window, prefix, documents, spans = mask.causal, mask.window, mask.prefix, mask.documents, mask.spans
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         i = i + offset
@@ -204,9 +204,11 @@ def flex_blocks(mask: AttentionMask, S: int, T: int, device: torch.device) -> Bl
             seen = seen & (i - j < window) & (j - i < window)
         if prefix is not None:
             seen = seen | ((i < prefix[b]) & (j < prefix[b]))
+        if spans is not None:
+            seen = seen | ((spans[b, i] == spans[b, j]) & (spans[b, i] >= 0))
         if documents is not None:
             seen = seen & (documents[b, i] == documents[b, j])
         return seen
 
-    per_row = next((x.shape[0] for x in (prefix, documents) if x is not None), None)
+    per_row = next((x.shape[0] for x in (prefix, documents, spans) if x is not None), None)
     return create_block_mask(sees, per_row, None, S, T, device=device)

@@ -33,6 +33,8 @@ class AttentionMask:
     prefix: [B] int; the first prefix[b] positions see each other both ways, whatever the window (prefix LM).
     documents: [B, T] int; contiguous document ids, only equal ids see each other. Negative ids are padding,
         whose outputs are zeros.
+    spans: [B, T] int; tokens of one span (of an image, say) see each other both ways, whatever the window. Negative
+        ids are no span.
     packing: the document boundaries, precomputed by :meth:`packed`.
     blocks: FlexAttention's block mask, precomputed by ``attention.prepare_mask``.
 
@@ -44,6 +46,7 @@ class AttentionMask:
     window: int | None = None
     prefix: Tensor | None = None
     documents: Tensor | None = None
+    spans: Tensor | None = None
     packing: Packing | None = None
     blocks: object | None = None
 
@@ -52,6 +55,8 @@ class AttentionMask:
             raise ValueError(f"attention window is {self.window}: must be 1 or more, or None for no limit")
         if self.prefix is not None and not self.causal:
             raise ValueError("prefix needs causal=True: a bidirectional mask sees all; drop one of the two")
+        if self.spans is not None and not self.causal:
+            raise ValueError("spans needs causal=True: a bidirectional mask sees all; drop one of the two")
         if self.prefix is not None and self.documents is not None:
             raise ValueError("prefix and documents cannot be combined: put one document in a row, or drop one")
 
@@ -77,7 +82,8 @@ class AttentionMask:
         packing = self.packing
         if packing is not None:
             packing = replace(packing, cu_seqlens=packing.cu_seqlens.to(device, non_blocking=non_blocking))
-        return replace(self, prefix=move(self.prefix), documents=move(self.documents), packing=packing, blocks=None)
+        moved = {name: move(getattr(self, name)) for name in ("prefix", "documents", "spans")}
+        return replace(self, **moved, packing=packing, blocks=None)  # type: ignore[arg-type]
 
     def boundaries(self) -> Packing:
         """The document boundaries; found now, waiting for the device, when not precomputed."""
@@ -92,7 +98,8 @@ class AttentionMask:
     @property
     def is_plain_causal(self) -> bool:
         """Causal and nothing else."""
-        return self.causal and self.window is None and self.documents is None and self.prefix is None
+        others = (self.window, self.documents, self.prefix, self.spans)
+        return self.causal and all(other is None for other in others)
 
 
 def find_packing(documents: Tensor) -> Packing:
@@ -128,6 +135,9 @@ def visible(mask: AttentionMask, queries: range, keys: range, offset: int, devic
     if mask.prefix is not None:
         end = mask.prefix[:, None, None]
         seen = seen | ((i < end) & (j < end))
+    if mask.spans is not None:
+        of_query = mask.spans[:, queries.start + offset : queries.stop + offset, None]
+        seen = seen | ((of_query == mask.spans[:, None, keys.start : keys.stop]) & (of_query >= 0))
     if mask.documents is not None:
         of_query = mask.documents[:, queries.start + offset : queries.stop + offset]
         seen = seen & (of_query[:, :, None] == mask.documents[:, None, keys.start : keys.stop])

@@ -11,9 +11,11 @@ from pretrain.models.layers.linear import fused_linear
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 
+
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), OpenAI's CLIP's stand-in for gelu."""
     return x * (1.702 * x).sigmoid()
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -22,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu,
     "relu": F.relu,
 }
+
 
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)); with silu this is SwiGLU (Shazeer 2020)."""
@@ -36,6 +39,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = fused_linear(x, self.gate, self.up)
         return self.down(self.activation(gate) * up)
+
 
 class MLP(nn.Module):
     """down(act(up(x)))."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from pretrain.models.decoder.config import DecoderConfig
 from pretrain.models.decoder.model import Block, Rotation
@@ -158,8 +158,7 @@ class VisionTower(nn.Module):
 
     def _place(self, grid: Tensor) -> Tensor:
         """Which learned position [B, P]: the class token's comes first, if there is one."""
-        rows, columns = self.cfg.grid
-        place = grid[..., 0] * columns + grid[..., 1] + self.cfg.class_token
+        place = grid[..., 0] * self.cfg.grid[1] + grid[..., 1] + self.cfg.class_token
         return place.clamp(0, self.cfg.places - 1)
 
 
@@ -177,3 +176,18 @@ def rotation_2d(grid: Tensor, head_dim: int) -> Rotation:
     parts = [cos_sin(Rope(), grid[..., axis].clamp(min=0), head_dim // 2) for axis in (0, 1)]
     cos, sin = (torch.cat(halves, dim=-1) for halves in zip(*parts, strict=True))
     return cos, sin
+
+
+def init_tower_parameter(name: str, tensor: Tensor, generator: Generator) -> None:
+    """Fill a parameter of a tower or connector (a full CPU tensor): norms 1, biases 0, embeddings of std 0.02, matrices
+    of variance 1 / inputs.
+    """
+    owner, kind = name.rsplit(".", 1)
+    if kind == "bias":
+        tensor.zero_()
+    elif owner.endswith("norm"):
+        tensor.fill_(1.0)
+    elif owner.endswith(("pos_embed", "class_embed", "queries")):
+        tensor.normal_(0.0, 0.02, generator=generator)
+    else:
+        tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)

@@ -21,6 +21,7 @@ ON_CUDA = ["flash", "varlen", "flex", "sdpa", "matmul", "auto"]
 DOCUMENTS = torch.tensor([[0] * 7 + [1] * 20 + [2] * 21, [5] * 48])
 PADDED = torch.tensor([[0] * 7 + [1] * 20 + [-1] * 21, [-1] * 3 + [4] * 45])
 PREFIX = torch.tensor([5, 0])
+SPANS = torch.tensor([[-1] * 3 + [0] * 6 + [-1] * 2 + [1] * 9 + [-1] * 28, [0] * 48])
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ CASES = {
     "sliding-bidirectional": Case(AttentionMask(causal=False, window=5)),
     "prefix": Case(AttentionMask(prefix=PREFIX)),
     "prefix-sliding": Case(AttentionMask(prefix=PREFIX, window=3)),
+    "spans": Case(AttentionMask(spans=SPANS)),
+    "spans-documents-sliding": Case(replace(AttentionMask.packed(DOCUMENTS, window=4), spans=SPANS)),
     "documents": Case(AttentionMask.packed(DOCUMENTS)),
     "documents-not-precomputed": Case(AttentionMask(documents=DOCUMENTS)),
     "documents-bidirectional": Case(AttentionMask.packed(DOCUMENTS, causal=False)),
@@ -67,6 +70,9 @@ def sees(mask: AttentionMask, b: int, i: int, j: int) -> bool:
         seen = seen and abs(i - j) < mask.window
     if mask.prefix is not None:
         seen = seen or max(i, j) < int(mask.prefix[b])
+    if mask.spans is not None:
+        spans = mask.spans[b].tolist()
+        seen = seen or spans[i] == spans[j] >= 0
     if mask.documents is not None:
         ids = mask.documents[b].tolist()
         seen = seen and ids[i] == ids[j] and ids[i] >= 0
@@ -120,7 +126,7 @@ def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) ->
 UNABLE_ON_CPU = {
     "sdpa": {"softcap"},
     "document": {
-        *("prefix", "prefix-sliding", "wide-values", "softcap", "cross"),
+        *("prefix", "prefix-sliding", "spans", "spans-documents-sliding", "wide-values", "softcap", "cross"),
         *("decode-one", "decode-some", "decode-sliding", "decode-padded"),
     },
 }
@@ -248,6 +254,7 @@ def test_rows_end_documents() -> None:
     [
         (lambda: AttentionMask(window=0), "window is 0"),
         (lambda: AttentionMask(causal=False, prefix=PREFIX), "prefix needs causal=True"),
+        (lambda: AttentionMask(causal=False, spans=SPANS), "spans needs causal=True"),
         (lambda: AttentionMask(prefix=PREFIX, documents=DOCUMENTS), "prefix and documents cannot be combined"),
         (lambda: AttentionMask.packed(torch.tensor([[0, 1, 0]])), "comes back"),
         (lambda: AttentionMask.packed(torch.tensor([0, 1])), r"\[2\]: must be \[batch, sequence\]"),
