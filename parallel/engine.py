@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from parallel.across import Gather
 from parallel.mesh import ParallelConfig
 from parallel.plan import Plan
 from parallel.remat import Recompute
@@ -27,7 +28,8 @@ class EngineSpec:
     called `sums`, of which "loss" is differentiated. sequence: entries of a batch whose dim 1 context parallelism cuts.
     make_optimizer: named parameters -> optimizer. clip_grad_norm: largest norm, 0 for none. recompute_every: of how
     many blocks one recomputes. compile: compile blocks; the loss compiles what it wants itself. seq_len: tokens of a
-    sample. global_batch, micro_batch: samples of a step over all processes, and of what one forward takes.
+    sample. global_batch, micro_batch: samples of a step over all processes, and of what one forward takes. across: for
+    a loss that compares a sample with those of all data ranks; called with what gathers them.
     """
 
     build: Callable[[], nn.Module]
@@ -47,6 +49,7 @@ class EngineSpec:
     compile: bool = False
     clip_grad_norm: float = 0.0
     seed: int = 0
+    across: Callable[[Gather], None] | None = None
 
 
 class Engine(Protocol):

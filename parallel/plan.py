@@ -38,7 +38,8 @@ class Plan:
     heads, kv_heads: number of query heads and of key/value heads of one layer. hidden: width of what goes from block to
     block. routing: modules that decide which rows experts get. experts: in a layer that has them; 0: none. towers:
     further modules that are sharded, recomputed and compiled one by one, of the first pipeline stage. tower_heads:
-    numbers of heads there, which tensor parallelism must divide too.
+    numbers of heads there, which tensor parallelism must divide too. largest: name of a parameter -> what its values
+    are cut down to after each optimizer step.
     """
 
     blocks: str
@@ -54,6 +55,7 @@ class Plan:
     experts: int = 0
     towers: tuple[str, ...] = ()
     tower_heads: tuple[int, ...] = ()
+    largest: Mapping[str, float] = field(default_factory=dict)
 
 
 def match_modules(model: nn.Module, pattern: str) -> dict[str, nn.Module]:

@@ -214,6 +214,7 @@ def build_engine(config: RunConfig, world: World, objective: Any, compiling: boo
         compile=compiling,
         clip_grad_norm=config.optim.clip_grad_norm,
         seed=config.run.seed,
+        across=getattr(objective, "across", None),
     )
     try:
         return make_engine(config.engine, spec, world)

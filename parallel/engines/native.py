@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.across import check_across, over_data
 from parallel.context import check_context, split_sequence
 from parallel.engine import Batch, EngineSpec, Sums
 from parallel.expert import Routers, check_experts
@@ -32,7 +33,11 @@ class NativeEngine:
         check_tensor(spec.plan, tp, spec.seq_len // cp)
         check_experts(spec.plan, degrees["ep"])
         check_context(spec.seq_len, cp, spec.parallel.cp_method, spec.plan.heads, tp)
+        if spec.across is not None:
+            check_across(degrees, spec.global_batch, spec.micro_batch)
         self.mesh = Mesh(degrees, world.device.type) if world.size > 1 else None
+        if spec.across is not None:
+            spec.across(over_data(self.mesh))
         self.device = world.device
         self.data_world = degrees["dp_replicate"] * degrees["dp_shard"]
         self.copies = world.size // self.data_world  # processes that read the same data
@@ -43,7 +48,7 @@ class NativeEngine:
         self.max_norm = spec.clip_grad_norm
         self.stages = parallelize(spec, self.mesh, world.device)
         self.pipeline = self._make_pipeline(spec) if degrees["pp"] > 1 else None
-        self._tied = spec.plan.tied
+        self._tied, self._largest = spec.plan.tied, spec.plan.largest
         self._named = name_stages((stage.model for stage in self.stages.values()), spec.plan.tied)
         self.optimizer = spec.make_optimizer(self._parameters())
         models = [stage.model for stage in self.stages.values()]
@@ -85,6 +90,9 @@ class NativeEngine:
         set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        with torch.no_grad():
+            for name, value in self._largest.items():
+                self._named.tensors[name].clamp_(max=value)
         self._routers.settle()
 
     def sum_over_data(self, values: Tensor) -> Tensor:

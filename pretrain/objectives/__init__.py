@@ -3,7 +3,9 @@
 from typing import Any
 
 from pretrain.objectives.causal import CausalConfig, CausalObjective
+from pretrain.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 
 OBJECTIVES: dict[str, tuple[type[Any], type[Any]]] = {
     "causal": (CausalConfig, CausalObjective),
+    "contrastive": (ContrastiveConfig, ContrastiveObjective),
 }
