@@ -45,5 +45,6 @@ def check_across(degrees: Mapping[str, int], global_batch: int, micro_batch: int
     if global_batch != micro_batch * ranks:
         raise ValueError(
             f"train.global_batch = {global_batch}, but an objective that compares samples with each other sees "
-            f"those of one micro-batch of all data ranks, {micro_batch} x {ranks} = {micro_batch * ranks}; make them equal"
+            f"those of one micro-batch of all data ranks: {micro_batch} x {ranks} = {micro_batch * ranks}; make them "
+            "equal"
         )

@@ -131,6 +131,15 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, tree: Any) -> Any:
+        """A section whose keys depend on a name: the usual one where a recipe gives none."""
+        if not isinstance(tree, dict):
+            return tree
+        usual = {"model": {"family": "decoder"}, "objective": {"name": "causal"}}
+        return tree | {key: usual[key] | tree[key] for key in usual if isinstance(tree.get(key), dict)}
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         if self.engine not in ENGINES:
