@@ -29,7 +29,8 @@ class EngineSpec:
     make_optimizer: named parameters -> optimizer. clip_grad_norm: largest norm, 0 for none. recompute_every: of how
     many blocks one recomputes. compile: compile blocks; the loss compiles what it wants itself. seq_len: tokens of a
     sample. global_batch, micro_batch: samples of a step over all processes, and of what one forward takes. across: for
-    a loss that compares a sample with those of all data ranks; called with what gathers them.
+    a loss that compares a sample with those of all data ranks; called with what gathers them. frozen: parameters that
+    stay as they are, by pattern.
     """
 
     build: Callable[[], nn.Module]
@@ -50,6 +51,7 @@ class EngineSpec:
     clip_grad_norm: float = 0.0
     seed: int = 0
     across: Callable[[Gather], None] | None = None
+    frozen: tuple[str, ...] = ()
 
 
 class Engine(Protocol):

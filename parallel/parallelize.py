@@ -13,7 +13,7 @@ from parallel.fsdp import apply_fsdp
 from parallel.materialise import init_parameters, materialise
 from parallel.mesh import SHARD_AXIS, Mesh
 from parallel.pipeline_cut import check_microbatches, cut, cut_by_hand, plan_stages, schedule_class, stages_of
-from parallel.plan import match_modules, styles_of
+from parallel.plan import freeze, match_modules, styles_of
 from parallel.remat import apply_remat, hide_hooks
 from parallel.tensor import apply_tensor
 
@@ -78,6 +78,7 @@ def _make_stage(spec: EngineSpec, mesh: Mesh | None, device: torch.device, stage
     is one compiled graph and collectives stay outside; recomputation before compile, which then plans it.
     """
     model = _build(spec)
+    freeze(model, spec.frozen)
     styles = styles_of(model, spec.plan)
     if mesh is not None and mesh["tp"].size() > 1:
         apply_tensor(model, spec.plan, mesh["tp"])

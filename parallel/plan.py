@@ -1,7 +1,7 @@
 """The vocabulary in which a family states how it may be spread over processes."""
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -72,6 +72,19 @@ def match_modules(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     if not found:
         raise ValueError(f"plan pattern {pattern!r} matches no module of {type(model).__name__}")
     return found
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Let the parameters that match a pattern (`vision.*`: `*` is any rest) have neither gradient nor optimizer state.
+
+    Raises ValueError for a pattern that matches no parameter.
+    """
+    for pattern in patterns:
+        matched = [p for name, p in model.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"optim.freeze: {pattern!r} matches no parameter of {type(model).__name__}; mend it")
+        for parameter in matched:
+            parameter.requires_grad_(False)
 
 
 def styles_of(model: nn.Module, plan: Plan) -> dict[str, Style]:

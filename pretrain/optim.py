@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 import torch
@@ -29,6 +30,12 @@ class OptimConfig(BaseModel):
     eps: float = Field(default=1e-8, gt=0, description="AdamW: added to the root of the second moment")
     weight_decay: float = Field(
         default=0.1, ge=0, description="decoupled weight decay of matrices, embeddings too; not norms, biases"
+    )
+    freeze: tuple[str, ...] = Field(
+        default=(), description="parameters that stay as they are, by pattern: vision.*, layers.0.*"
+    )
+    lr_ratios: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="pattern of parameters -> learning rate as a multiple of lr; the first that matches"
     )
     clip_grad_norm: float = Field(default=1.0, ge=0, description="maximum norm of the whole gradient; 0 = no clipping")
     muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon: decay rate of the momentum")
@@ -59,23 +66,24 @@ def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], 
     The learning rate is then set from outside, by `parallel.optimizer_state.set_lr`.
     Raises ValueError when nothing is trainable.
     """
-    groups: dict[tuple[bool, bool, Any], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float, Any], list[torch.nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             use_muon = config.name == "muon" and is_hidden_matrix(name, parameter)
             # Fused kernels take DTensors of one mesh only.
             mesh = getattr(parameter, "device_mesh", None)
-            groups.setdefault((use_muon, parameter.ndim >= 2, mesh), []).append(parameter)
+            matched = (ratio for pattern, ratio in config.lr_ratios.items() if fnmatchcase(name, pattern))
+            groups.setdefault((use_muon, parameter.ndim >= 2, next(matched, 1.0), mesh), []).append(parameter)
     if not groups:
-        raise ValueError("the model has no trainable parameter: unfreeze some before building the optimizer")
+        raise ValueError(f"optim.freeze = {list(config.freeze)} leaves nothing to train here; freeze less")
     param_groups: list[dict[str, Any]] = [
         {
             "params": parameters,
             "weight_decay": config.weight_decay if decayed else 0.0,
-            "lr_ratio": config.muon_adamw_lr_ratio if config.name == "muon" and not use_muon else 1.0,
+            "lr_ratio": ratio * (config.muon_adamw_lr_ratio if config.name == "muon" and not use_muon else 1.0),
             "use_muon": use_muon,
         }
-        for (use_muon, decayed, _), parameters in groups.items()
+        for (use_muon, decayed, ratio, _), parameters in groups.items()
     ]
     for group in param_groups:
         group["lr"] = config.lr * group["lr_ratio"]

@@ -94,11 +94,14 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
     if compiling:
         objective.compile()
     engine = build_engine(config, world, objective, compiling)
-    position = Position() if found is None else resume(store, found, engine, world)
+    afresh = any(change.startswith("optim.freeze ") for change in changes)
+    position = Position() if found is None else resume(store, found, engine, world, afresh)
     if found is not None:
         _say(world, f"resuming {run_dir} at step {position.step}")
         for change in changes:
             _say(world, f"changed since the last start: {change}")
+        if afresh:
+            _say(world, "other parameters are trained now: the optimizer's state starts anew")
     loader = Loader(
         TokenStream(dataset, seq_len=config.data.seq_len, seed=config.run.seed),
         global_batch=config.train.global_batch,
@@ -214,6 +217,7 @@ def build_engine(config: RunConfig, world: World, objective: Any, compiling: boo
         compile=compiling,
         clip_grad_norm=config.optim.clip_grad_norm,
         seed=config.run.seed,
+        frozen=config.optim.freeze,
         across=getattr(objective, "across", None),
     )
     try:
@@ -252,11 +256,13 @@ def check_resume(config: RunConfig, store: CheckpointStore) -> int | None:
     return found
 
 
-def resume(store: CheckpointStore, step: int, engine: Engine, world: World) -> Position:
-    """Fill the engine from a checkpoint. One without optimizer state (an import) starts a fresh optimizer."""
+def resume(store: CheckpointStore, step: int, engine: Engine, world: World, afresh: bool = False) -> Position:
+    """Fill the engine from a checkpoint. One without optimizer state (an import), or `afresh` (other parameters are
+    trained now), starts a fresh optimizer.
+    """
     state = engine.state_dict()
     path = store.folder / f"step-{step:08d}"
-    optimizer = state["optimizer"] if Manifest.read(path).tensors["optimizer"] else None
+    optimizer = state["optimizer"] if Manifest.read(path).tensors["optimizer"] and not afresh else None
     extra = store.load(step, state["model"], optimizer)
     engine.load_state_dict(state)
     if len(extra["ranks"]) == world.size and extra["ranks"][world.rank]:

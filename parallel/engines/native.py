@@ -64,7 +64,9 @@ class NativeEngine:
         if self.pipeline is not None:
             for copy, original in self._tied.items():
                 held = self._named.tensors.get(original) if 0 in self.stages else None
-                self.pipeline.sum_tied(held, self._named.copies.get(copy))
+                copied = self._named.copies.get(copy)
+                if any(tensor is not None and tensor.requires_grad for tensor in (held, copied)):
+                    self.pipeline.sum_tied(held, copied)
         sums = {name: value / count for name, value in self._reduce(totals).items()}
         return sums | self._routers.collect(count)
 

@@ -39,8 +39,8 @@ class Pictures:
         return cls(patches, images, grid, AttentionMask.packed(images, causal=False))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Pictures:
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("patches", "images", "grid", "mask")}
-        return replace(self, **moved)
+        names = ("patches", "images", "grid", "mask")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
 
 
 class VLM(Decoder):
