@@ -147,7 +147,7 @@ def scan_shard(shard: Path, dtype: str, advance: Callable[[int], None] = lambda 
     text_bytes: dict[str, int] = {}
     max_token, done, others = 0, 0, set()
     with shard.open("rb") as file:
-        _check_end(shard, file)
+        check_end(shard, file)
         try:
             archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (it owns nothing but file)
             for number, member in enumerate(archive, 1):
@@ -186,7 +186,8 @@ def scan_shard(shard: Path, dtype: str, advance: Callable[[int], None] = lambda 
     return make_index(table, list(rows), **facts)
 
 
-def _check_end(shard: Path, file: IO[bytes]) -> None:
+def check_end(shard: Path, file: IO[bytes]) -> None:
+    """Raise ValueError for a file that does not end as a tar does; leaves ``file`` at its start."""
     size = shard.stat().st_size
     file.seek(max(size - len(END_OF_ARCHIVE), 0))
     if size % BLOCK or file.read() != END_OF_ARCHIVE:

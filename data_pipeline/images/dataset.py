@@ -1,0 +1,156 @@
+"""Image-text shards as one list of samples, addressed through their indexes; nothing is extracted to disk."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.images.captions import CaptionCounts, Captioning, load_counts
+from data_pipeline.images.decode import MAX_BYTES, MAX_PIXELS, PictureError, check_limits, decode
+from data_pipeline.images.form import PictureForm
+from data_pipeline.images.index import MAX_TEXT, PictureIndex, index_path, load_pictures
+from data_pipeline.images.problems import Problem, Skip
+from data_pipeline.paths import expand_paths
+from data_pipeline.progress import byte_bar
+from data_pipeline.tokenizer import Tokenizer
+
+
+class ImageTextDataset:
+    """Usable samples of image-text shards, in the order of the shards and of the samples in them.
+
+    Args:
+        shards: a path or pattern, or several: braces (``{00000..00127}.tar``) and globs (``train-*.tar``).
+        tokenizer: of the captions.
+        placeholder: text that stands for the next picture in an interleaved document.
+        image_first: a caption without a placeholder has its one picture before it; else after it.
+        max_pixels, max_bytes: of a picture, as its header says and as it is stored; larger ones are not decoded.
+        on_problem: called with each sample that cannot be used: now with those that the indexes tell, later with those
+            whose pictures turn out to be broken. ``Skip()`` counts and logs, ``fatal`` raises.
+        progress: show a bar while shards without an index are read.
+
+    Attributes:
+        num_samples: n. paths: the shards.
+        tokens: int64 [n], of each text, without the end-of-text token. labels: int64 [n], -1 where there is none.
+        first: int64 [n + 1]; sample i has the pictures first[i] to first[i + 1] - 1 of m.
+        sizes: int64 [m, 2], height and width of each picture. before: int64 [m], tokens of the text before it.
+
+    Raises:
+        FileNotFoundError: a pattern matches nothing. ValueError: a shard is truncated, has a member with a forbidden
+        name, disagrees with its index, or no sample can be used.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        tokenizer: Tokenizer,
+        *,
+        placeholder: str = "<image>",
+        image_first: bool = True,
+        max_pixels: int = MAX_PIXELS,
+        max_bytes: int = MAX_BYTES,
+        on_problem: Callable[[Problem], None] | None = None,
+        progress: bool = True,
+    ) -> None:
+        patterns = [shards] if isinstance(shards, str | Path) else list(shards)
+        if not placeholder:
+            raise ValueError("placeholder '': must be a text that stands for a picture, such as <image>")
+        self.paths = expand_paths(patterns, what="shards")
+        self.tokenizer, self.max_pixels, self.max_bytes = tokenizer, max_pixels, max_bytes
+        self.on_problem = Skip() if on_problem is None else on_problem
+        self._captioning = Captioning(tokenizer, placeholder, image_first)
+        bare = [path for path in self.paths if not index_path(path).is_file()]
+        total = sum(path.stat().st_size for path in bare)
+        with byte_bar(f"indexing {len(bare)} shards", total, show=progress and bool(bare), keep=False) as advance:
+            self._indexes = [load_pictures(path, advance) for path in self.paths]
+        counts = [load_counts(*pair, self._captioning) for pair in zip(self.paths, self._indexes, strict=True)]
+        kept = [self._usable(shard, count) for shard, count in enumerate(counts)]
+        self._collect(counts, kept)
+        if not self.num_samples:
+            raise ValueError(f"shards {patterns}: none of {len(self.paths)} shards has a sample that can be used")
+
+    def _usable(self, shard: int, counts: CaptionCounts) -> np.ndarray:
+        """Which samples of a shard can be used, as far as its index tells; the others are reported."""
+        index, path = self._indexes[shard], self.paths[shard]
+        problems = [Problem(str(path), key, why) for key, why in index.problems]
+        problems += [Problem(str(path), index.key(sample), why) for sample, why in counts.problems]
+        usable = counts.tokens >= 0
+        sizes = index.images[:, 1:]
+        large = (sizes[:, 0] > self.max_bytes) | (sizes[:, 1] * sizes[:, 2] > self.max_pixels)
+        owners = np.searchsorted(index.first, np.flatnonzero(large), side="right") - 1
+        for sample, image in zip(owners.tolist(), np.flatnonzero(large).tolist(), strict=True):
+            num_bytes, height, width = sizes[image].tolist()
+            try:
+                check_limits(num_bytes, width, height, self.max_pixels, self.max_bytes)
+            except PictureError as error:
+                problems.append(Problem(str(path), index.key(sample), str(error)))
+            usable[sample] = False
+        for problem in problems:
+            self.on_problem(problem)
+        return np.flatnonzero(usable)
+
+    def _collect(self, counts: list[CaptionCounts], kept: list[np.ndarray]) -> None:
+        self._shards = np.repeat(np.arange(len(kept)), [len(samples) for samples in kept])
+        self._samples = np.concatenate(kept)
+        pairs = list(zip(self._indexes, kept, strict=True))
+        pictures = [_ranges(index.first[samples], index.first[samples + 1]) for index, samples in pairs]
+        self.num_samples = len(self._samples)
+        self.labels = np.concatenate([index.labels[samples] for index, samples in pairs])
+        self.tokens = np.concatenate([c.tokens[samples] for c, samples in zip(counts, kept, strict=True)]).astype(int)
+        numbers = np.concatenate([np.diff(index.first)[samples] for index, samples in pairs])
+        self.first = np.concatenate([[0], np.cumsum(numbers)])
+        images = np.concatenate([i.images[own] for i, own in zip(self._indexes, pictures, strict=True)])
+        self.before = np.concatenate([c.before[own] for c, own in zip(counts, pictures, strict=True)]).astype(int)
+        self._places, self.sizes = images[:, :2], images[:, 2:]
+
+    def shard_of(self, sample: int) -> Path:
+        """The shard that holds a sample."""
+        return self.paths[self._shards[sample]]
+
+    def key(self, sample: int) -> str:
+        """The sample's WebDataset key."""
+        return self._indexes[self._shards[sample]].key(int(self._samples[sample]))
+
+    def index(self, sample: int) -> PictureIndex:
+        """The index of the shard that holds a sample."""
+        return self._indexes[self._shards[sample]]
+
+    def texts(self, sample: int) -> list[np.ndarray]:
+        """Tokens before, between and after the pictures of a sample, one array more than it has pictures."""
+        index, number = self.index(sample), int(self._samples[sample])
+        num_images = int(self.first[sample + 1] - self.first[sample])
+        blob = self._read(sample, index.texts[number], MAX_TEXT + 1)
+        try:
+            pieces = self._captioning.split(blob, int(index.kinds[number]), num_images)
+        except PictureError as error:
+            cure = "it changed since it was counted: remove the .idx files beside the shard"
+            raise ValueError(f"{Problem(str(self.shard_of(sample)), self.key(sample), str(error))}; {cure}") from error
+        return self._captioning.tokens([pieces])[0]
+
+    def picture(self, sample: int, number: int) -> bytes:
+        """The file of a picture of a sample, as it is stored."""
+        return self._read(sample, self._places[int(self.first[sample]) + number], self.max_bytes + 1)
+
+    def pixels(self, sample: int, number: int, grid: tuple[int, int], form: PictureForm) -> np.ndarray:
+        """A picture of a sample, decoded for a grid of patches: uint8 [rows * p, columns * p, 3].
+
+        Raises:
+            PictureError: it cannot be decoded.
+        """
+        height, width = grid[0] * form.patch, grid[1] * form.patch
+        limits = {"max_pixels": self.max_pixels, "max_bytes": self.max_bytes}
+        return decode(self.picture(sample, number), height, width, crop=form.resize == "crop", **limits)
+
+    def report(self, sample: int, error: PictureError) -> None:
+        """Hand a sample that turned out to be broken to ``on_problem``."""
+        self.on_problem(Problem(str(self.shard_of(sample)), self.key(sample), str(error)))
+
+    def _read(self, sample: int, where: np.ndarray, most: int) -> bytes:
+        with self.shard_of(sample).open("rb") as file:
+            file.seek(int(where[0]))
+            return file.read(min(int(where[1]), most))
+
+
+def _ranges(begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The numbers from each begin to before its end, end to end."""
+    lengths = ends - begins
+    return np.arange(lengths.sum()) + np.repeat(begins - np.cumsum(lengths) + lengths, lengths)
