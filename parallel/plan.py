@@ -17,6 +17,8 @@ Style = Literal[
     "row",  # Linear, input features cut: features in, the sum scattered to sequence parts
     "sequence",  # parameters replicated, works on sequence parts
     "share",  # no parameters of its own: sequence parts gathered for all processes' heads, whose gradients are summed
+    "whole",  # parameters replicated; every process does the same with whole rows, and goes on alike
+    "collect",  # no parameters of its own: sequence parts in, whole rows out, which every process uses alike
     "position",  # as sequence, but its input is a whole row (of positions, of pixels)
     "head_norm",  # parameters replicated, works on this process's heads
     "width_norm",  # cut along the last dim as the column output that it normalises
@@ -80,7 +82,8 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     Raises ValueError for a pattern that matches no parameter.
     """
     for pattern in patterns:
-        matched = [p for name, p in model.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
+        named = model.named_parameters(remove_duplicate=False)  # a tied one goes by both its names
+        matched = [p for name, p in named if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             raise ValueError(f"optim.freeze: {pattern!r} matches no parameter of {type(model).__name__}; mend it")
         for parameter in matched:

@@ -75,7 +75,10 @@ def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], 
             matched = (ratio for pattern, ratio in config.lr_ratios.items() if fnmatchcase(name, pattern))
             groups.setdefault((use_muon, parameter.ndim >= 2, next(matched, 1.0), mesh), []).append(parameter)
     if not groups:
-        raise ValueError(f"optim.freeze = {list(config.freeze)} leaves nothing to train here; freeze less")
+        raise ValueError(
+            f"optim.freeze = {list(config.freeze)} leaves nothing to train, or nothing on one process of the pipeline; "
+            "freeze less, or set parallel.pp = 1"
+        )
     param_groups: list[dict[str, Any]] = [
         {
             "params": parameters,
