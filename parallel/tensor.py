@@ -27,7 +27,8 @@ SEQUENCE, HEADS, FEATURES, WHOLE = Shard(1), Shard(2), Shard(-1), Replicate()  #
 @dataclass(frozen=True)
 class Layout:
     """weight, bias: how the parameters lie. given: how the first input arrives, unless it is a DTensor; wanted: how
-    `forward` takes it. output: how the result leaves, as a plain tensor; None: as it comes.
+    `forward` takes it. output: how the result leaves, as a plain tensor; None: as it comes. parts: each process uses a
+    whole output in its own way, and the gradients that they have for it are parts of a sum.
     """
 
     weight: Placement | None
@@ -35,6 +36,7 @@ class Layout:
     given: Placement
     wanted: Placement
     output: Placement | None
+    parts: bool = False
 
 
 STYLES: dict[Style, Layout] = {
@@ -44,7 +46,9 @@ STYLES: dict[Style, Layout] = {
     "key_value": Layout(ROWS, ROWS, WHOLE, WHOLE, FEATURES),
     "row": Layout(COLUMNS, WHOLE, FEATURES, FEATURES, SEQUENCE),
     "sequence": Layout(WHOLE, WHOLE, SEQUENCE, SEQUENCE, SEQUENCE),
-    "share": Layout(None, None, SEQUENCE, WHOLE, WHOLE),
+    "whole": Layout(WHOLE, WHOLE, WHOLE, WHOLE, WHOLE),
+    "collect": Layout(None, None, SEQUENCE, WHOLE, WHOLE),
+    "share": Layout(None, None, SEQUENCE, WHOLE, WHOLE, parts=True),
     "position": Layout(WHOLE, WHOLE, WHOLE, SEQUENCE, SEQUENCE),
     "head_norm": Layout(WHOLE, WHOLE, HEADS, HEADS, HEADS),
     "width_norm": Layout(ROWS, ROWS, FEATURES, FEATURES, FEATURES),
@@ -99,8 +103,7 @@ def _communicate(module: nn.Module, mesh: DeviceMesh, layout: Layout) -> None:
 
     def after(_module: nn.Module, _args: Any, output: DTensor) -> Tensor:
         assert layout.output is not None
-        # Each process uses a whole output in its own way: the gradients it gets are parts of a sum.
-        partial = [Partial()] if layout.output == WHOLE else None
+        partial = [Partial()] if layout.parts else None
         return output.redistribute(placements=[layout.output]).to_local(grad_placements=partial)
 
     module.register_forward_pre_hook(before)
