@@ -114,17 +114,19 @@ class ImageTextDataset:
         """The index of the shard that holds a sample."""
         return self._indexes[self._shards[sample]]
 
-    def texts(self, sample: int) -> list[np.ndarray]:
-        """Tokens before, between and after the pictures of a sample, one array more than it has pictures."""
-        index, number = self.index(sample), int(self._samples[sample])
-        num_images = int(self.first[sample + 1] - self.first[sample])
-        blob = self._read(sample, index.texts[number], MAX_TEXT + 1)
-        try:
-            pieces = self._captioning.split(blob, int(index.kinds[number]), num_images)
-        except PictureError as error:
-            cure = "it changed since it was counted: remove the .idx files beside the shard"
-            raise ValueError(f"{Problem(str(self.shard_of(sample)), self.key(sample), str(error))}; {cure}") from error
-        return self._captioning.tokens([pieces])[0]
+    def texts(self, samples: Sequence[int]) -> list[list[np.ndarray]]:
+        """Tokens before, between and after the pictures of each sample, one array more than it has pictures."""
+        pieces = []
+        for sample in samples:
+            index, number = self.index(sample), int(self._samples[sample])
+            num_images = int(self.first[sample + 1] - self.first[sample])
+            blob = self._read(sample, index.texts[number], MAX_TEXT + 1)
+            try:
+                pieces.append(self._captioning.split(blob, int(index.kinds[number]), num_images))
+            except PictureError as error:
+                problem = Problem(str(self.shard_of(sample)), self.key(sample), str(error))
+                raise ValueError(f"{problem}; it changed since it was counted: remove the .idx files there") from error
+        return self._captioning.tokens(pieces)
 
     def picture(self, sample: int, number: int) -> bytes:
         """The file of a picture of a sample, as it is stored."""

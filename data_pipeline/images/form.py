@@ -74,6 +74,16 @@ class PictureForm:
             return (self.size // self.patch) ** 2 + self.class_slot
         return self.max_patches // self.merge**2 * self.merge**2 + self.class_slot
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest picture."""
+        if self.queries:
+            return self.queries
+        if self.resize != "native":
+            return int(self.num_tokens(self.grids(np.ones((1, 2))))[0])
+        most = self.max_patches // self.merge**2
+        return most * (2 if self.newline_token is not None else 1)  # a single column has a newline after each token
+
     def grids(self, sizes: np.ndarray) -> np.ndarray:
         """Rows and columns of patches [k, 2] of pictures of so many pixels: ``sizes`` [k, 2], height and width."""
         if self.resize != "native":
@@ -104,14 +114,13 @@ class PictureForm:
         cells = cells.reshape(rows // m, m, columns // m, m, 2).swapaxes(1, 2).reshape(-1, 2)
         return np.concatenate([np.full((1, 2), -1, np.int32), cells]) if self.class_slot else cells
 
-    def patches(self, picture: np.ndarray, out: np.ndarray) -> None:
-        """Write a picture uint8 [rows * p, columns * p, 3] as patches, each (channel, y, x), to ``out`` [places, D]."""
+    def patches(self, picture: np.ndarray) -> np.ndarray:
+        """A picture uint8 [rows * p, columns * p, 3] as patches uint8 [places, D], each (channel, y, x)."""
         p, m = self.patch, self.merge
         rows, columns = picture.shape[0] // (p * m), picture.shape[1] // (p * m)
-        if self.class_slot:
-            out[0] = 0
         blocks = picture.reshape(rows, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-        out[int(self.class_slot) :].reshape(blocks.shape)[:] = blocks
+        patches = blocks.reshape(-1, self.values)
+        return np.concatenate([np.zeros_like(patches[:1]), patches]) if self.class_slot else patches
 
     def tokens(self, grid: tuple[int, int], place: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and slots [tokens], int32, of a picture whose first place in the row of patches is ``place``."""
