@@ -21,7 +21,8 @@ def plan(cfg: VLMConfig) -> Plan:
         decoder,
         tensor={**decoder.tensor, **rows},
         first=(*decoder.first, "vision", "connector", "features", "slots"),
-        towers=("vision.layers.*",) if cfg.vision is not None else (),
+        # Blocks past the output never run: FSDP would wait for them in a pipeline's backward.
+        towers=() if cfg.vision is None else tuple(f"vision.layers.{i}" for i in range(cfg.vision.used)),
         tower_heads=tuple(heads),
     )
 
