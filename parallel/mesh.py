@@ -36,7 +36,9 @@ class ParallelConfig(BaseModel):
     )
     schedule: str = Field("1f1b", description="Pipeline schedule: gpipe, 1f1b, interleaved1f1b, zbvzerobubble, ...")
     stages_per_rank: int = Field(0, ge=0, description="Pipeline stages of a process; 0: what the schedule needs")
-    stage_layers: tuple[int, ...] = Field((), description="Layers of each pipeline stage; unset: balanced by cost")
+    stage_layers: tuple[int, ...] = Field(
+        (), description="Layers of each pipeline stage; the first and the last may have none; unset: balanced by cost"
+    )
 
 
 def resolve_degrees(config: ParallelConfig, world_size: int) -> dict[str, int]:

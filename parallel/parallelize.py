@@ -89,8 +89,8 @@ def _make_stage(spec: EngineSpec, mesh: Mesh | None, device: torch.device, stage
     experts = {model.get_submodule(name) for name, style in styles.items() if style == "experts"}
     last = index == len(stages) - 1
     cut(model, spec.plan, stages[index], first=index == 0, last=last)
-    blocks = match_modules(model, spec.plan.blocks).values()
-    if mesh is not None:
+    blocks = match_modules(model, spec.plan.blocks).values() if stages[index] else ()
+    if mesh is not None and stages[index]:
         for core in match_modules(model, spec.plan.attention).values():
             apply_context(core, mesh["cp"], spec.parallel.cp_method)
     towers = [block for pattern in spec.plan.towers if index == 0 for block in match_modules(model, pattern).values()]

@@ -75,10 +75,10 @@ def cut_by_hand(stage_layers: Sequence[int], layers: int, stages: int) -> list[r
             f"parallel.stage_layers = {written} has {len(written)} entries, but needs {stages}: the number of layers "
             "of each pipeline stage"
         )
-    if sum(written) != layers or min(written) < 1:
+    if sum(written) != layers or min(written) < 0 or (stages > 1 and 0 in written[1:-1]):
         raise ValueError(
             f"parallel.stage_layers = {written} sums to {sum(written)}; it must share out the model's {layers} layers, "
-            "at least 1 a stage"
+            "at least 1 a stage; the first may have none beside the embedding or tower, the last none beside the head"
         )
     return [range(sum(written[:stage]), sum(written[: stage + 1])) for stage in range(stages)]
 

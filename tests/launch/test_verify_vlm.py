@@ -20,7 +20,7 @@ KINDS = {
     "free": ("tiny-vlm-free", []),
 }
 LAYOUTS = {
-    "tower": [{"dp_shard": 2, "tp": 2}, {"pp": 2, "dp_shard": 2}, {"cp": 2, "tp": 2}],
+    "tower": [{"dp_shard": 2, "tp": 2}, {"pp": 2, "dp_shard": 2, "stage_layers": (0, 4)}, {"cp": 2, "tp": 2}],
     "merged": [{"dp_shard": 2, "tp": 2, "ep": 2}, {"pp": 2, "cp": 2, "ep": 2}],
     "free": [{"tp": 2, "pp": 2, "schedule": "interleaved1f1b"}, {"dp_replicate": 2, "dp_shard": 2}],
 }

@@ -127,7 +127,8 @@ def test_stages_by_hand():
     ):
         cut_by_hand((1, 3, 3), 6, 3)
     with pytest.raises(ValueError, match="at least 1 a stage"):
-        cut_by_hand((0, 3, 3), 6, 3)
+        cut_by_hand((3, 0, 3), 6, 3)
+    assert cut_by_hand((0, 6, 0), 6, 3)[1] == range(6)  # the ends have embedding and head
 
 
 @pytest.mark.parametrize(
