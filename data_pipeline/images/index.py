@@ -92,7 +92,7 @@ class PictureIndex:
     def check(self, shard: Path) -> None:
         """Refuse an index that was not made for this file: its size, its ends, and members outside it."""
         size = shard.stat().st_size
-        cure = f"restore the shard, or remove {shard.name}{SUFFIX} to have it built again"
+        cure = f"restore the shard, or remove {shard.name}.*.idx to have them built again"
         if size != self.shard_size:
             raise ValueError(f"{shard}: {size} bytes, its index was made for {self.shard_size}; {cure}")
         if digest_ends(shard) != self.ends:
