@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +36,14 @@ from data_pipeline.pack import permutation, permuted
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
 try:
-    from megatron.energon import WorkerConfig, get_loader, get_train_dataset
-    from megatron.energon.flavors.captioning import CaptioningSample
-    from megatron.energon.task_encoder import DefaultTaskEncoder, stateless
+    from megatron.energon import (
+        DefaultTaskEncoder,
+        SampleDecoder,
+        WorkerConfig,
+        get_loader,
+        get_train_dataset,
+        stateless,
+    )
     from megatron.energon.tools.prepare import command as prepare_energon
 except ImportError:
     prepare_energon = None
@@ -103,33 +109,31 @@ def webdataset_loader(shards: list[Path], tokenizer: Tokenizer, workers: int) ->
     return DataLoader(dataset, batch_size=BATCH, collate_fn=collate, num_workers=workers, **more)
 
 
-def energon_loader(shards: list[Path], tokenizer: Tokenizer, workers: int) -> DataLoader:
-    """Energon over the same shards, prepared with its own command, decoding and resizing as webdataset does here."""
+def energon_loader(shards: list[Path], tokenizer: Tokenizer, workers: int) -> Any:
+    """Energon over the same shards, prepared by its own command; pictures become arrays as webdataset's do here."""
     fields = json.dumps({"image": "jpg", "caption": "txt"})
     options = ["--non-interactive", "--split-ratio", "1,0,0", "--sample-type", "CaptioningSample", "--force-overwrite"]
-    prepare_energon([str(shards[0].parent), *options, "--field-map", fields, "--no-progress"], standalone_mode=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare_energon(
+            [str(shards[0].parent), *options, "--field-map", fields, "--no-progress"], standalone_mode=False
+        )
 
     class Encoder(DefaultTaskEncoder):
+        decoder = SampleDecoder(image_decode="pilrgb")
+
         @stateless
-        def encode_sample(self, sample: "CaptioningSample") -> "CaptioningSample":
-            pixels = (sample.image.numpy() * 255).astype(np.uint8).transpose(1, 2, 0)
-            sample.image = torch.from_numpy(plain(Image.fromarray(pixels)))
+        def encode_sample(self, sample: Any) -> Any:
+            sample.image = torch.from_numpy(plain(sample.image))
+            sample.caption = torch.from_numpy(tokenizer.encode(sample.caption).astype(np.int64))
             return sample
 
     config = WorkerConfig(rank=0, world_size=1, num_workers=workers)
-    dataset = get_train_dataset(
-        str(shards[0].parent),
-        batch_size=BATCH,
-        worker_config=config,
-        task_encoder=Encoder(),
-        shuffle_buffer_size=None,
-        max_samples_per_sequence=None,
-        repeat=True,
-    )
-    return get_loader(dataset)
+    options = {"shuffle_buffer_size": None, "max_samples_per_sequence": None, "task_encoder": Encoder()}
+    dataset = get_train_dataset(str(shards[0].parent), batch_size=BATCH, worker_config=config, **options)
+    return get_loader(dataset, watchdog_timeout_seconds=None)
 
 
-def loop(loader: DataLoader, count: int, size: Callable[[object], int]) -> int:
+def loop(loader: Any, count: int, size: Callable[[Any], int]) -> int:
     """An epoch's pictures out of a loader, whether it ends or not."""
     done = 0
     for batch in loader:
