@@ -3,11 +3,12 @@
 A config row claims native keys and Hugging Face keys and reads both ways; every native key must be claimed.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from checkpoints.hf.ops import Row, match
+from checkpoints.hf.probe import Probe
 
 Config = dict[str, Any]
 
@@ -161,7 +162,9 @@ class Brand:
     model_type, architecture: as in config.json. tensors: the key table. config: the config's rows. carried: further
     config keys without a say in what the model computes. ignored: templates of tensors that files hold and nobody
     needs; `{layers}` is the number of layers, `*` anything. prefix: what names begin with, left out
-    by files saved from the bare model.
+    by files saved from the bare model. inner: of a config made of several, their keys and the brands they may be of;
+    the language model's comes first. probe: native config -> what its proof is run on; None: random tokens. patches:
+    native config -> image patches of one picture, 0 for a model without eyes.
     """
 
     model_type: str
@@ -172,6 +175,9 @@ class Brand:
     ignored: tuple[str, ...] = ()
     prefix: str = "model."
     also: tuple[Row, ...] = ()  # of files that hold the same native tensors in another way
+    inner: Mapping[str, Mapping[str, "Brand"]] = field(default_factory=dict)
+    probe: Callable[[Config], Probe] | None = None
+    patches: Callable[[Config], int] = lambda native: 0
 
     def rows(self, names: Iterable[str]) -> tuple[Row, ...]:
         """The key table of a file with these tensors: `tensors`, but for what it holds in the way of `also`."""
@@ -197,25 +203,33 @@ class Brand:
 
         defaults: of the architecture; a key that no row knows must have its default. Raises Misfit otherwise.
         """
-        known = {key for row in self.config for key in row.hf} | set(self.carried) | set(NEUTRAL)
-        native: Config = {}
         try:
-            for key in sorted((config.keys() & defaults.keys()) - known):
-                if config[key] != defaults[key]:
-                    raise misfit(key, config[key], [defaults[key]])
-            if config.get("quantization_config"):
-                raise misfit("quantization_config", "set", [None])
-            for row in self.config:
-                native |= row.to_native(config)
+            return self.read(config, defaults)
         except Misfit as error:
             raise Misfit(f"{where}: cannot import {error}") from None
         except KeyError as error:
             raise Misfit(f"{where}: key {error} is missing") from None
+
+    def read(self, config: Config, defaults: Config) -> Config:
+        """As `to_native`, with errors that do not say where. Raises KeyError for a key that is missing."""
+        known = {key for row in self.config for key in row.hf} | set(self.carried) | set(NEUTRAL)
+        native: Config = {}
+        for key in sorted((config.keys() & defaults.keys()) - known):
+            if config[key] != defaults[key]:
+                raise misfit(key, config[key], [defaults[key]])
+        if config.get("quantization_config"):
+            raise misfit("quantization_config", "set", [None])
+        for row in self.config:
+            native |= row.to_native(config)
         return native
 
     def keep(self, config: Config) -> Config:
         """The keys of an imported config that an export gives back as they were."""
-        return {key: config[key] for key in (*NEUTRAL, *self.carried) if key in config and key not in FLEETING}
+        kept = {key: config[key] for key in (*NEUTRAL, *self.carried) if key in config and key not in FLEETING}
+        for key, brands in self.inner.items():
+            kind = config[key]["model_type"]
+            kept[key] = {"model_type": kind, **brands[kind].keep(config[key])}
+        return kept
 
 
 def misfit(key: str, value: Any, allowed: list[Any]) -> Misfit:

@@ -17,6 +17,7 @@ from checkpoints.derived import new_checkpoint, new_folder
 from checkpoints.hf.brand import Brand, Config
 from checkpoints.hf.folder import Kept, read_config, write_config
 from checkpoints.hf.ops import Shapes, Step, bind, first_few, match, wrong_experts
+from checkpoints.hf.processor import write_processor
 from checkpoints.hf.tokenizer import copy_tokenizer, settle_tokenizer
 from checkpoints.manifest import Progress
 from checkpoints.tensors import (
@@ -70,10 +71,12 @@ def export(
     for info in infos.values():
         common[info.dtype] += info.num_bytes
     with new_folder(out) as temp:
-        write_config(temp, brand, config, common.most_common(1)[0][0], kept, tokenizer)
+        processor = write_config(temp, brand, config, common.most_common(1)[0][0], kept, tokenizer)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, temp)
             settle_tokenizer(temp, config["vocab_size"])
+        if processor is not None:
+            write_processor(temp, processor)
         with TensorWriter(temp, *_hf_layout(temp, infos, max_bytes)) as writer:
             for step in steps:
                 _export_step(source, step, dtype, writer)
@@ -197,9 +200,9 @@ def _import_step(source: TensorFiles, step: Step, names: dict[str, str], writer:
 
 
 def _tied_names(brand: Brand) -> tuple[str, str]:
-    """What the brand calls the head's and the embedding's weights."""
+    """What the brand calls the head's and the embedding's weights; "" where it has none."""
     names = {row.native: row.hf[0] for row in brand.tensors}
-    return names["head.weight",], names["embed.weight",]
+    return names.get(("head.weight",), ""), names.get(("embed.weight",), "")
 
 
 def _same(tensors: TensorFiles, one: str, other: str) -> bool:

@@ -1,13 +1,15 @@
-"""What stands beside the weights in a Hugging Face folder: config.json, generation_config.json."""
+"""What stands beside the weights in a Hugging Face folder: config.json, generation_config.json, a processor's."""
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from checkpoints.hf import processor
 from checkpoints.hf.brand import TOKENS, Brand, Config
+from checkpoints.hf.inner import find_tokens, joined, place_tokens
+from checkpoints.hf.processor import read_json
 from checkpoints.hf.tokenizer import special_tokens
 from checkpoints.shards import dtype_name
 
@@ -29,7 +31,7 @@ class Kept:
     @property
     def eos_ids(self) -> list[int]:
         """Tokens that end a text where transformers generates with the exported model; none if it names none."""
-        ids = (self.config if self.generation is None else self.generation).get("eos_token_id")
+        ids = find_tokens(self.config if self.generation is None else self.generation)["eos_token_id"]
         return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
     def save(self, path: Path) -> None:
@@ -52,7 +54,7 @@ def read_config(folder: Path, brands: dict[str, Brand]) -> tuple[Brand, Config, 
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: give the folder of a Hugging Face model")
-    raw = _read_json(path)
+    raw = read_json(path)
     model_type = raw.get("model_type")
     if model_type not in brands:
         raise ValueError(f"{path}: model_type = {model_type!r} cannot be imported (allowed: {', '.join(brands)})")
@@ -63,44 +65,38 @@ def read_config(folder: Path, brands: dict[str, Brand]) -> tuple[Brand, Config, 
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its validators raise many types
         raise ValueError(f"{path}: transformers refuses it: {' '.join(str(error).split())}") from error
-    normal = config.to_dict()
-    generation = _read_json(folder / GENERATION) if (folder / GENERATION).is_file() else None
+    normal = config.to_dict() | ({processor.KEY: processor.read_processor(folder)} if brand.probe else {})
+    generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else None
     native = brand.to_native(normal, type(config)().to_dict(), str(path))
     return brand, native, Kept(brand.model_type, brand.keep(normal), generation)
 
 
 def write_config(
     folder: Path, brand: Brand, native: Config, dtype: torch.dtype, kept: Kept | None, tokenizer: Path | None
-) -> None:
+) -> Config | None:
     """Write config.json and generation_config.json. Special tokens: as kept, else the tokenizer's, else none.
 
-    Raises ValueError where the brand, or transformers, cannot express the config.
+    Returns what `write_processor` is to write, None for a model without one. Raises ValueError where the brand, or
+    transformers, cannot express the config.
     """
     values = brand.to_hf(native)
-    if kept is not None and kept.brand != brand.model_type:
-        kept = Kept(brand.model_type, {key: kept.config.get(key) for key in TOKENS})
     if kept is None:
-        kept = Kept(brand.model_type, special_tokens(tokenizer) if tokenizer else dict.fromkeys(TOKENS))
+        tokens = special_tokens(tokenizer) if tokenizer else dict.fromkeys(TOKENS)
+        kept = Kept(brand.model_type, place_tokens(brand, tokens))
+    elif kept.brand != brand.model_type:
+        kept = Kept(brand.model_type, place_tokens(brand, find_tokens(kept.config)))
+    values = joined(kept.config, values)
+    pictures: Config | None = values.pop(processor.KEY, None)
     from transformers import AutoConfig, GenerationConfig
 
     about = {"architectures": [brand.architecture], "dtype": dtype_name(dtype)}
     try:
-        config = AutoConfig.for_model(brand.model_type, **{**kept.config, **values, **about})
+        config = AutoConfig.for_model(brand.model_type, **{**values, **about})
     except Exception as error:  # its validators raise many types
         raise ValueError(f"{brand.model_type} cannot express this model: {' '.join(str(error).split())}") from error
     config.save_pretrained(folder)
     if kept.generation is not None:
         (folder / GENERATION).write_text(json.dumps(kept.generation, indent=2, sort_keys=True) + "\n")
     else:
-        tokens = {key: kept.config.get(key) for key in TOKENS}
-        GenerationConfig(**tokens, _from_model_config=True).save_pretrained(folder)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return content
+        GenerationConfig(**find_tokens(kept.config), _from_model_config=True).save_pretrained(folder)
+    return pictures

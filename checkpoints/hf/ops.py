@@ -7,7 +7,7 @@ Hugging Face name with `{e}` stands for one name an entry of the native tensor's
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,6 +102,61 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class View:
+    """The same values in the same order, in another shape: native shape -> Hugging Face's."""
+
+    native_name: str
+    hf_name: str
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+
+    @property
+    def native(self) -> tuple[str, ...]:
+        return (self.native_name,)
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.hf_name,)
+
+    def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[0].reshape(self.shape(tuple(tensors[0].shape)))]
+
+    def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        return [tensors[0].reshape(shapes[0])]
+
+
+@dataclass(frozen=True)
+class Under:
+    """A row of a model that is part of a larger one: its names with a prefix on each side."""
+
+    row: Row
+    native_prefix: str
+    hf_prefix: str
+
+    @property
+    def native(self) -> tuple[str, ...]:
+        return tuple(self.native_prefix + name for name in self.row.native)
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return tuple(self.hf_prefix + name for name in self.row.hf)
+
+    @property
+    def keep_dtype(self) -> bool:
+        return getattr(self.row, "keep_dtype", False)
+
+    def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
+        return self.row.to_hf(tensors)
+
+    def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        return self.row.to_native(tensors, shapes)
+
+
+def under(rows: Iterable[Row], *, native: str = "", hf: str = "") -> tuple[Row, ...]:
+    """The rows of a part, with the prefixes that its names have in the whole."""
+    return tuple(Under(row, native, hf) for row in rows)
+
+
+@dataclass(frozen=True)
 class Step:
     """A row for one layer: the names it reads and writes, and the shapes they must have."""
 
@@ -130,7 +185,7 @@ def bind(rows: Iterable[Row], shapes: Shapes) -> list[Step]:
             hf_shapes = tuple(tuple(tensor.shape) for tensor in row.to_hf(meta))
             native_shapes = tuple(shapes[name] for name in native)
             hf = tuple(name for template in row.hf for name in _names(template, key, native_shapes[0]))
-            keep_dtype = isinstance(row, Rename) and row.keep_dtype
+            keep_dtype = getattr(row, "keep_dtype", False)
             steps.append(Step(row, native, hf, native_shapes, hf_shapes, keep_dtype))
     _check_once([name for step in steps for name in step.native], "native tensor")
     _check_once([name for step in steps for name in step.hf], "Hugging Face tensor")

@@ -32,7 +32,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def special_tokens(folder: Path) -> Config:
     """Ids of the special tokens that a tokenizer's folder names, None for those it does not. Raises ValueError."""
-    loaded = _load(folder)
+    loaded = load_tokenizer(folder)
     return {key: getattr(loaded, key) for key in TOKENS}
 
 
@@ -43,7 +43,7 @@ def settle_tokenizer(folder: Path, vocab_size: int) -> None:
     own, which splits text in another way; `tokenizer_config.json` is then marked so that it does not.
     Raises ValueError where that does not help, or the model does not know all tokens.
     """
-    _check_size(_load(folder), vocab_size)
+    _check_size(load_tokenizer(folder), vocab_size)
     if _reads_as_written(folder):
         return
     about = json.loads((folder / ABOUT).read_text())
@@ -52,12 +52,13 @@ def settle_tokenizer(folder: Path, vocab_size: int) -> None:
     (folder / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     if not _reads_as_written(folder):
         raise ValueError(
-            f"tokenizer: for this architecture transformers reads it as {type(_load(folder)).__name__} and gets other "
-            "tokens; export as another --brand, or move the run's tokenizer folder away to export without it"
+            f"tokenizer: for this architecture transformers reads it as {type(load_tokenizer(folder)).__name__} and "
+            "gets other tokens; export as another --brand, or move the run's tokenizer folder away to export without it"
         )
 
 
-def _load(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """As transformers reads it. Raises ValueError."""
     from transformers import AutoTokenizer  # imports slowly
 
     try:
@@ -82,4 +83,4 @@ def _reads_as_written(folder: Path) -> bool:
     if json.loads((folder / ABOUT).read_text()).get("tokenizer_class") not in GENERIC:
         return True
     ours = Tokenizer.from_file(str(folder / FAST)).encode(SAMPLE, add_special_tokens=False).ids
-    return _load(folder).encode(SAMPLE, add_special_tokens=False) == ours
+    return load_tokenizer(folder).encode(SAMPLE, add_special_tokens=False) == ours

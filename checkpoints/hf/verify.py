@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from checkpoints.hf.brand import Brand
 from checkpoints.hf.convert import target_dtype
 from checkpoints.hf.ops import Shapes, Step, bind, first_few
+from checkpoints.hf.probe import Probe, text_probe
 from checkpoints.manifest import Progress
 from checkpoints.tensors import TensorFiles, as_bytes, open_checkpoint, open_hf
 
@@ -32,7 +33,7 @@ class Trace:
     states: list[Tensor]
 
 
-Native = Callable[[Tensor], Trace]  # tokens [B, S] -> what the native model does with them, in fp32
+Native = Callable[..., Trace]  # tokens [B, S] and a probe's `native` by name -> what the native model does, in fp32
 
 
 def prove_tensors(
@@ -73,17 +74,18 @@ def _prove_step(source: TensorFiles, exported: TensorFiles, step: Step, dtype: t
             raise NotEqual(f"tensor '{name}' is another one after exporting it and importing it back")
 
 
-def prove_logits(out: Path, native: Native, vocab_size: int, max_seq_len: int) -> float:
+def prove_logits(out: Path, native: Native, vocab_size: int, max_seq_len: int, probe: Probe | None = None) -> float:
     """Load `out` with transformers and compare its fp32 logits with the native model's; returns the largest difference.
 
-    Both see the same NUM_TOKENS tokens (fewer where sequences are shorter), without padding. Needs the memory of one
-    fp32 model at a time. Raises NotEqual, naming the first block whose output differs.
+    Both see the same probe, without padding; where there is none, NUM_TOKENS random tokens (fewer where sequences are
+    shorter). Needs the memory of one fp32 model at a time. Raises NotEqual, naming the first block whose output
+    differs.
     """
-    length = min(NUM_TOKENS, max_seq_len)
-    tokens = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    if probe is None:
+        probe = text_probe(vocab_size, min(NUM_TOKENS, max_seq_len))
     with torch.inference_mode():
-        ours = native(tokens)
-        theirs = run_transformers(out, tokens, num_blocks=len(ours.states) - 1)
+        ours = native(probe.tokens, **probe.native)
+        theirs = run_transformers(out, probe, num_blocks=len(ours.states) - 1)
     error = largest_difference(ours.logits, theirs.logits)
     if not error <= TOLERANCE * max(largest(ours.logits), largest(theirs.logits)):  # NaN fails too
         raise NotEqual(
@@ -93,16 +95,23 @@ def prove_logits(out: Path, native: Native, vocab_size: int, max_seq_len: int) -
     return error
 
 
-def run_transformers(folder: Path, tokens: Tensor, num_blocks: int) -> Trace:
-    """What `AutoModelForCausalLM` makes of a folder and these tokens [B, S], in fp32.
+def run_transformers(folder: Path, probe: Probe, num_blocks: int) -> Trace:
+    """What transformers makes of a folder and a probe, in fp32.
 
     Raises NotEqual where transformers misses a tensor, finds one too many, or refuses the folder.
     """
-    from transformers import AutoModelForCausalLM  # imports slowly
+    from transformers import (  # imports slowly
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
     with _quiet():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            loaded: Any = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
@@ -116,12 +125,12 @@ def run_transformers(folder: Path, tokens: Tensor, num_blocks: int) -> Trace:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(name if isinstance(name, str) else name[0] for name in loading[what]):
             raise NotEqual(f"transformers loads the export with {what.replace('_', ' ')}: {first_few(names)}")
-    blocks = find_blocks(model, num_blocks)
+    blocks = find_blocks(model.get_decoder(), num_blocks)
     states: list[Tensor] = []
     blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0].clone()))
     for block in blocks:
         block.register_forward_hook(lambda _, args, out: states.append(out if isinstance(out, Tensor) else out[0]))
-    return Trace(model.eval()(input_ids=tokens, use_cache=False).logits, states)
+    return Trace(model.eval()(input_ids=probe.tokens, **probe.hf, use_cache=False).logits, states)
 
 
 def find_blocks(model: nn.Module, num_blocks: int) -> nn.ModuleList:
