@@ -27,16 +27,17 @@ def read_processor(folder: Path) -> Config:
 def write_processor(folder: Path, content: Config) -> None:
     """Write it. Beside a tokenizer, the image token is called as that calls it.
 
-    content: as the file's, but for `image_token_id`, the token that stands for pictures, and `side`, to which an image
-    processor without a class of its own brings them. Raises ValueError where the tokenizer does not read the image
-    token's name as this token.
+    content: as the file's, but for `image_token_id`, the token that stands for pictures, if there is one, and `side`,
+    to which an image processor without a class of its own brings them. Raises ValueError where the tokenizer does not
+    read the image token's name as this token.
     """
     content = dict(content)
-    side, token = content.pop("side"), content.pop("image_token_id")
+    side, token = content.pop("side"), content.pop("image_token_id", None)
     if "image_processor_type" not in content[IMAGES]:
         content[IMAGES] = {**fixed_size(side), **content[IMAGES]}
-    content.setdefault("image_token", "<image>")
-    if (folder / ABOUT).is_file():
+    if token is not None:
+        content.setdefault("image_token", "<image>")
+    if token is not None and (folder / ABOUT).is_file():
         content["image_token"] = _name(load_tokenizer(folder), token)
     (folder / PROCESSOR).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
