@@ -57,7 +57,9 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
     pictures: dict[str, Any] = {}
     if config.data.patches:
         values |= _small_pictures(model, processes)
-        pictures["patches"] = _dim(TOKENS, model.connector.merge**2 * degrees["tp"])
+        connector = getattr(model, "connector", None)
+        merged = connector.merge**2 if connector is not None else 1
+        pictures["patches"] = _dim(TOKENS, merged * degrees["tp"])
     seq_len = _dim(TOKENS, 2 * degrees["cp"] * degrees["tp"]) + config.data.seq_len % (
         2 * degrees["cp"] * degrees["tp"]
     )
@@ -74,6 +76,8 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
     objective = config.objective
     if hasattr(objective, "chunk_tokens"):  # several chunks of logits, as the real run has
         objective = objective.model_copy(update={"chunk_tokens": 40})
+    if hasattr(objective, "chunk_rows"):
+        objective = objective.model_copy(update={"chunk_rows": 3})
     stages = tuple(min(count, 2) for count in config.parallel.stage_layers)
     small = config.model_copy(
         update={
@@ -110,22 +114,26 @@ def _differences(where: str, old: dict[str, Any], new: dict[str, Any]) -> list[C
 
 def _small_pictures(model: Any, processes: int) -> dict[str, Any]:
     """Of tower, patches and connector; no two widths alike."""
-    connector = model.connector.model_copy(
-        update={
-            "ffn": _dim(40, processes) if model.connector.ffn else 0,
-            "queries": min(model.connector.queries, 4),
-            "heads": math.gcd(model.connector.heads, processes),
+    found: dict[str, Any] = {"patches": model.patches.model_copy(update={"size": 2})}
+    connector = getattr(model, "connector", None)
+    merge = 1
+    if connector is not None:
+        merge = connector.merge
+        dims = {
+            "ffn": _dim(40, processes) if connector.ffn else 0,
+            "queries": min(connector.queries, 4),
+            "heads": math.gcd(connector.heads, processes),
         }
-    )
-    found = {"patches": model.patches.model_copy(update={"size": 2}), "connector": connector}
+        found["connector"] = connector.model_copy(update=dims)
     if model.vision is None:
         return found
     vision = model.vision
     heads = math.gcd(vision.heads, processes)
     layers = min(vision.layers, 2 - vision.output_layer - 1)
-    merge = model.connector.merge
     grid = tuple(min(side, max(merge, 4)) for side in vision.grid)
     dims = {"heads": heads, "hidden": heads * HEAD_DIM, "ffn": _dim(24, processes), "layers": layers, "grid": grid}
+    if hasattr(model, "features"):
+        found["features"] = 20 if model.image_head else dims["hidden"]
     return found | {"vision": vision.model_copy(update=dims)}
 
 

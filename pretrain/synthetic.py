@@ -126,3 +126,26 @@ class SyntheticPictures:
         if self.queries:
             return np.arange(place, place + self.queries)
         return np.arange(place + self.class_slot, place + len(cells), self.merge**2)
+
+
+class SyntheticPairs(SyntheticPictures):
+    """A `SampleStream` of a picture and a caption a row. By i modulo 4: both fill the row, then each is of any size;
+    one in eight has no picture.
+    """
+
+    def _row(self, index: int) -> tuple[np.ndarray, ...]:
+        tokens = self.text.read(index, 1)[0][0]
+        draw = np.random.default_rng((self.text.seed, index, 1))
+        places, patches_at = np.arange(self.seq_len, dtype=np.int32), np.arange(self.patches)
+        length = self.seq_len if index % 4 == 0 else int(draw.integers(1, self.seq_len + 1))
+        shape = self.sides if index % 4 == 0 else tuple(int(draw.integers(1, side + 1)) for side in self.sides)
+        cells = self._cells((shape[0], shape[1]))[: self.patches]
+        held = (patches_at < len(cells)) & (index % 8 != 7)
+        grid = np.zeros((self.patches, 2), np.int32)
+        grid[: len(cells)] = cells
+        nothing = np.full(self.seq_len, -1, np.int32)
+        patches = draw.integers(0, 256, (self.patches, self.values), dtype=np.uint8) * held[:, None]
+        if self.class_slot:
+            patches[0] = 0
+        documents, images = (np.where(inside, 0, -1).astype(np.int32) for inside in (places < length, held))
+        return tokens, np.full_like(nothing, IGNORED), places, documents, nothing, nothing, patches, images, grid

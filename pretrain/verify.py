@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from data_pipeline.loader import Loader
 from data_pipeline.pack import SampleStream
+from parallel.across import check_across
 from parallel.context import check_context
 from parallel.engine import Batch, Engine, Sums
 from parallel.expert import check_experts
@@ -34,7 +35,7 @@ from parallel.world import World
 from pretrain.config import RunConfig, validate
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
-from pretrain.synthetic import SyntheticPictures, SyntheticStream
+from pretrain.synthetic import SyntheticPairs, SyntheticPictures, SyntheticStream
 from pretrain.train import build_engine, train_step
 
 OPTIMIZERS = ("adamw", "muon")
@@ -109,18 +110,25 @@ def synthetic_stream(config: RunConfig) -> SampleStream:
     text = SyntheticStream(seq_len=config.data.seq_len, vocab_size=model.vocab_size, seed=config.run.seed)
     if not config.data.patches:
         return text
-    vision, merge = model.vision, model.connector.merge
+    vision, connector = model.vision, getattr(model, "connector", None)
+    merge = connector.merge if connector is not None else 1
     rows, columns = vision.grid if vision is not None else (4 * merge, 4 * merge)
-    return SyntheticPictures(
+    kind = SyntheticPairs if compares_samples(config) else SyntheticPictures
+    return kind(
         text,
         patches=config.data.patches,
         values=model.patches.values,
         sides=(rows // merge * merge, columns // merge * merge),
         merge=merge,
         class_slot=vision is not None and vision.class_token,
-        queries=model.connector.queries,
-        image_token=model.image_token,
+        queries=connector.queries if connector is not None else 0,
+        image_token=getattr(model, "image_token", 0),
     )
+
+
+def compares_samples(config: RunConfig) -> bool:
+    """Whether the loss compares samples of a step with each other, so that one micro-batch must have them all."""
+    return hasattr(OBJECTIVES[config.objective.name][1], "across")
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,20 +165,23 @@ def make_reference(world: World, config_text: str, steps: int, folder: str) -> d
         "train.recompute": "none",
         "train.compile": "off",
     }
+    if compares_samples(config):
+        plain["train.micro_batch"] = config.train.global_batch
     alone = changed(config, plain)
     precise = changed(alone, {"train.precision": "fp64"})
     eps = adamw_eps(config, run_steps(precise, world, 1))
     report: dict[str, Any] = {"eps": eps}
+    # Another order of sums: another draw of rounding errors.
+    if compares_samples(config):
+        orders = [{"objective.chunk_rows": rows} for rows in (1, config.objective.chunk_rows)]
+    else:
+        orders = [{"train.micro_batch": size} for size in {1, config.train.micro_batch}]
     for optimizer in OPTIMIZERS:
         chosen = {"optim.name": optimizer, "optim.eps": eps, "optim.muon_precision": "fp32"}
         outcome = run_steps(changed(precise, chosen), world, steps)
         write_reference(Path(folder), optimizer, outcome)
         reference = Reference(Path(folder), optimizer)
-        sizes = {1, config.train.micro_batch}  # another order of sums: another draw of rounding errors
-        draws = [
-            reference.distances(run_steps(changed(alone, {**chosen, "train.micro_batch": size}), world, steps))
-            for size in sizes
-        ]
+        draws = [reference.distances(run_steps(changed(alone, {**chosen, **order}), world, steps)) for order in orders]
         report[optimizer] = {
             kind: {name: max((d[kind][name] for d in draws), key=lambda fields: fields[0]) for name in names}
             for kind, names in draws[0].items()
@@ -280,6 +291,8 @@ def check_layout(config: RunConfig, processes: int | None) -> tuple[int, dict[st
             f"train.global_batch = {config.train.global_batch} is not a multiple of train.micro_batch x dp_replicate x "
             f"dp_shard = {at_once}; change one of them"
         )
+    if compares_samples(config):
+        check_across(found, config.train.global_batch, config.train.micro_batch)
     return processes, found
 
 

@@ -26,6 +26,7 @@ from pretrain.verify import (
     check_balance,
     check_layout,
     compare_layout,
+    compares_samples,
     count_experts,
     make_reference,
     measure_layout,
@@ -145,6 +146,8 @@ def _one(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
         micro_batch = min(micro_batch, 2)
         least = 2 * degrees["pp"]  # enough for every pipeline schedule
         accumulation = min(accumulation, least + accumulation % degrees["pp"])
+    if compares_samples(small):  # enough for other rows than its own
+        micro_batch = max(micro_batch, 4)
     small = changed(small, {"train.micro_batch": micro_batch, "train.global_batch": micro_batch * data * accumulation})
     small = small.model_copy(update={"parallel": small.parallel.model_copy(update=degrees)})
     device = _device(processes)
@@ -155,9 +158,9 @@ def _one(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     with tempfile.TemporaryDirectory(prefix="verify-layout-") as folder:
         threads = (os.cpu_count() or 1) if args.full_size else 1
         certifier = Certifier(small, args.steps, folder, args.timeout, device, threads)
-        sizes = dict.fromkeys(OPTIMIZERS, micro_batch)
-        verdict = certifier.verify(small.parallel, sizes)
-        parts = [certifier.verify(part, sizes) for part in axes_alone(small.parallel)] if verdict.failed else []
+        verdict = certifier.verify(small.parallel, _sizes(small, small.parallel))
+        alone = axes_alone(small.parallel) if verdict.failed else []
+        parts = [certifier.verify(part, _sizes(small, part)) for part in alone]
     if verdict.refused:
         raise ValueError(verdict.refused)
     if verdict.comparisons:
@@ -192,7 +195,7 @@ def _all(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
         certifier = Certifier(small, args.steps, folder, args.timeout, device)
         hidden = not sys.stdout.isatty()
         verdicts = [
-            certifier.verify(layout, _rounds(layout, small.train.global_batch))
+            certifier.verify(layout, _rounds(small, layout))
             for layout in track(layouts, "verifying", transient=True, disable=hidden, console=console)
         ]
     _print_scale(console, certifier.rounding)
@@ -200,11 +203,21 @@ def _all(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     return _print_end(console, verdicts)
 
 
-def _rounds(parallel: ParallelConfig, global_batch: int) -> dict[str, int]:
+def _sizes(config: RunConfig, parallel: ParallelConfig) -> dict[str, int]:
+    """The recipe's micro-batch; all that a data rank has where samples of a step are compared with each other."""
+    everything = config.train.global_batch // (parallel.dp_replicate * parallel.dp_shard)
+    return dict.fromkeys(OPTIMIZERS, everything if compares_samples(config) else config.train.micro_batch)
+
+
+def _rounds(config: RunConfig, parallel: ParallelConfig) -> dict[str, int]:
     """AdamW with one round of micro-batches a step, Muon with two; a round: one, or what every schedule can do with."""
+    if compares_samples(config):
+        return _sizes(config, parallel)
     data = parallel.dp_replicate * parallel.dp_shard
     least = 2 * parallel.pp if parallel.pp > 1 else 1
-    return {name: global_batch // (data * least * rounds) for rounds, name in enumerate(OPTIMIZERS, start=1)}
+    return {
+        name: config.train.global_batch // (data * least * rounds) for rounds, name in enumerate(OPTIMIZERS, start=1)
+    }
 
 
 def _device(processes: int) -> str:

@@ -5,6 +5,9 @@ from pretrain.models.decoder.experts import feed_forward
 from pretrain.models.decoder.hf import BRANDS as DECODER_BRANDS
 from pretrain.models.decoder.model import Decoder
 from pretrain.models.decoder.plan import plan as decoder_plan
+from pretrain.models.dual.config import DualConfig
+from pretrain.models.dual.model import Dual
+from pretrain.models.dual.plan import plan as dual_plan
 from pretrain.models.family import Family
 from pretrain.models.vlm.config import VLMConfig
 from pretrain.models.vlm.model import VLM
@@ -14,5 +17,6 @@ FAMILIES: dict[str, Family] = {
     "decoder": Family(
         config=DecoderConfig, build=Decoder, plan=decoder_plan, hf=DECODER_BRANDS, feed_forward=feed_forward
     ),
+    "dual": Family(config=DualConfig, build=Dual, plan=dual_plan, hf={}),
     "vlm": Family(config=VLMConfig, build=VLM, plan=vlm_plan, hf={}, feed_forward=feed_forward),
 }

@@ -41,7 +41,10 @@ class ContrastiveConfig(BaseModel):
 
 
 class ContrastiveObjective:
-    """collate + count + forward + loss of contrastive learning. As `CausalObjective`; `gather`: set by the engine."""
+    """collate + count + forward + loss of contrastive learning. As `CausalObjective`; `gather`: set by the engine.
+
+    The model gives features [B, 2, D], and has `temperature`, the factor and summand that make cosines logits.
+    """
 
     sequence: tuple[str, ...] = ()
     sums = ("loss", "scale")
@@ -60,28 +63,27 @@ class ContrastiveObjective:
         self._chunk = torch.compile(self._chunk, dynamic=False)
 
     def collate(self, batch: MicroBatch) -> MicroBatch:
-        """Pairs of the stream, one a row -> pictures, tokens, lengths [B] in tokens, mask, valid [B], on the host.
+        """Pairs of the stream, one a row -> pictures, tokens, lengths [B] in tokens, valid [B], on the host.
 
         A row without a picture or without a text is no pair: it counts for nothing.
         """
-        lengths = (batch["documents"] >= 0).sum(1)
-        return {
-            "tokens": batch["tokens"],
-            "lengths": lengths,
-            "mask": AttentionMask.packed(batch["documents"], causal=False),
-            "pictures": Pictures.packed(batch["patches"], batch["images"], batch["grid"]),
-            "valid": (lengths > 0) & (batch["images"] >= 0).any(1),
-        }
+        images, lengths = batch["images"], (batch["documents"] >= 0).sum(1)
+        if bool((images == 0).all()):  # nothing to mask: kernels without documents are faster
+            pictures = Pictures(batch["patches"], images, batch["grid"], AttentionMask(causal=False))
+        else:
+            pictures = Pictures.packed(batch["patches"], images, batch["grid"])
+        valid = (lengths > 0) & (images >= 0).any(1)
+        return {"tokens": batch["tokens"], "lengths": lengths, "pictures": pictures, "valid": valid}
 
     def describe(self, batch: MicroBatch, model: Any, precision: str, device: torch.device) -> str:
         """For the log: which attention back ends the towers take, and why."""
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        images, tower = batch["pictures"], model.vision
         said = []
-        for name, mask, tower, length in (
-            ("images", batch["pictures"].mask, model.vision, batch["pictures"].images.shape[1]),
-            ("texts", model.text.mask(batch["mask"]), model.text, batch["tokens"].shape[1]),
+        for name, mask, length, head_dim in (
+            ("images", images.mask, images.images.shape[1], tower.hidden // tower.heads),
+            ("texts", AttentionMask(causal=model.causal), batch["tokens"].shape[1], model.dim_per_head),
         ):
-            head_dim = tower.hidden // tower.heads
             backend, why = choose_backend(
                 mask, device=device, dtype=dtype, queries=length, keys=length, head_dim=head_dim
             )
@@ -94,14 +96,14 @@ class ContrastiveObjective:
 
     def forward(self, model: Any, batch: MicroBatch, x: Tensor | None = None) -> Tensor:
         """Features [B, 2, D] of the images and of the texts, of length 1."""
-        return model(batch["pictures"], batch["tokens"], batch["lengths"], batch["mask"])
+        return model(batch["pictures"], batch["tokens"], batch["lengths"])
 
     def loss(self, model: Any, hidden: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         """Sums over the micro-batch. scale: of the similarities, once a pair."""
         # Similarities reach 100, where bf16 has steps of 0.5.
         with torch.autocast(hidden.device.type, enabled=False):
             wide = hidden if hidden.dtype == torch.float64 else hidden.float()
-            scale, bias = model.temperature()
+            scale, bias = model.temperature(wide)
             images, texts = wide.unbind(1)
             loss = self.compare(images, texts, batch["valid"], scale, bias)
         return {"loss": loss, "scale": (scale.detach() * batch["valid"].sum()).sum()}

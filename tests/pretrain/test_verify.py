@@ -21,6 +21,7 @@ from pretrain.verify import (
     changed,
     check_layout,
     compare_layout,
+    compares_samples,
     from_text,
     make_reference,
     measure_layout,
@@ -37,7 +38,8 @@ ONE = dict.fromkeys(AXES, 1)
 def small(recipe: str = "tiny", *overrides: str) -> RunConfig:
     config = resolve(recipe, ["train.precision=fp32", *overrides])[0]
     config, _ = shrink(config, ONE, 2)
-    return changed(config, {"train.global_batch": 4, "train.micro_batch": 2, "parallel.dp_shard": 1})
+    micro_batch = 4 if compares_samples(config) else 2
+    return changed(config, {"train.global_batch": 4, "train.micro_batch": micro_batch, "parallel.dp_shard": 1})
 
 
 @pytest.fixture(autouse=True, scope="module")
