@@ -10,6 +10,7 @@ from pretrain.models.dual.model import Dual
 from pretrain.models.dual.plan import plan as dual_plan
 from pretrain.models.family import Family
 from pretrain.models.vlm.config import VLMConfig
+from pretrain.models.vlm.hf import BRANDS as VLM_BRANDS
 from pretrain.models.vlm.model import VLM
 from pretrain.models.vlm.plan import plan as vlm_plan
 
@@ -18,5 +19,5 @@ FAMILIES: dict[str, Family] = {
         config=DecoderConfig, build=Decoder, plan=decoder_plan, hf=DECODER_BRANDS, feed_forward=feed_forward
     ),
     "dual": Family(config=DualConfig, build=Dual, plan=dual_plan, hf={}),
-    "vlm": Family(config=VLMConfig, build=VLM, plan=vlm_plan, hf={}, feed_forward=feed_forward),
+    "vlm": Family(config=VLMConfig, build=VLM, plan=vlm_plan, hf=VLM_BRANDS, feed_forward=feed_forward),
 }
