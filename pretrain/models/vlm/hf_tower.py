@@ -13,6 +13,7 @@ ACTIVATIONS = (
     ("quick_gelu", "quick_gelu"), ("gelu_tanh", "gelu_pytorch_tanh"), ("gelu", "gelu"), ("silu", "silu"),
     ("relu", "relu"), ("gelu_tanh", "gelu_new"), ("silu", "swish"),
 )  # fmt: skip
+ACTIVATION = Choice("activation", "hidden_act", ACTIVATIONS)
 
 
 def convolution(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -68,7 +69,7 @@ TOWER_CONFIG: tuple[ConfigRow, ...] = (
         ffn="intermediate_size",
         norm_eps="layer_norm_eps",
     ),
-    Choice("activation", "hidden_act", ACTIVATIONS),
+    ACTIVATION,
     *fixed(norm="layer", bias=True, positions="learned"),
     Mapped(("grid", "patch"), ("image_size", "patch_size"), _grid_to_hf, _grid_to_native),
     OnlyHf("num_channels", 3),
