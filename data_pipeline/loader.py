@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from queue import Empty, Queue
 from threading import Thread
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -115,21 +115,29 @@ class Loader:
         self.close()
 
 
+class FiniteStream(SampleStream, Protocol):
+    """A stream that knows how many samples an epoch has."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+
 def held_out_batches(
-    stream: TokenStream, *, micro_batch: int, rank: int = 0, world: int = 1, max_samples: int | None = None
+    stream: FiniteStream, *, micro_batch: int, rank: int = 0, world: int = 1, max_samples: int | None = None
 ) -> Iterator[MicroBatch]:
     """One pass over the stream's first epoch, every target exactly once over all ranks.
 
     Each rank gets the same number of full micro-batches (so collectives match); what is past the end has only
     ignored targets. ``max_samples`` stops early, counted over all ranks. Use a stream with ``shuffle=False``.
     """
-    last = stream.dataset.num_tokens - 1  # targets of the epoch: every token but the first
     num_samples = stream.num_samples if max_samples is None else min(max_samples, stream.num_samples)
     for start in range(0, num_samples, micro_batch * world):
         first = start + rank * micro_batch
         samples = stream.read(first, micro_batch)
         rows = first + np.arange(micro_batch)[:, None]
-        past = (rows >= num_samples) | (rows * stream.seq_len + np.arange(stream.seq_len) >= last)
+        past = np.broadcast_to(rows >= num_samples, samples.targets.shape)
+        if isinstance(stream, TokenStream):  # each token but the first is a target once; the last sample runs on
+            past = past | (rows * stream.seq_len + np.arange(stream.seq_len) >= stream.dataset.num_tokens - 1)
         samples.targets[past] = IGNORED
         yield to_torch(samples)
 

@@ -49,7 +49,24 @@ class TokenizerConfig(Section):
 class SourceConfig(Section):
     """One of `[[data.sources]]`"""
 
-    shards: str = Field(description="Shards: a path or glob; {000..127} is expanded")
+    shards: str = Field(description="Shards of text or of pictures with text: a path or glob; {000..127} is expanded")
+    weight: float = Field(1.0, gt=0, description="Share of samples, over the sum of all sources' weights")
+
+
+class PicturesConfig(Section):
+    """`[data.pictures]`"""
+
+    resize: Literal["crop", "squash", "native"] = Field(
+        "crop",
+        description="crop: shorter side to `size`, the middle of the longer; squash: both sides; native: near a "
+        "picture's own size and aspect",
+    )
+    size: int = Field(0, ge=0, description="Pixels of a side, for crop and squash; 0: what the tower's grid has")
+    max_patches: int = Field(0, ge=0, description="Patches of a picture, for native; 0: what the tower's grid has")
+    placeholder: str = Field("<image>", min_length=1, description="Text that stands for the next picture")
+    image_first: bool = Field(True, description="The picture of a caption without placeholder comes before it")
+    broken: Literal["skip", "fatal"] = Field("skip", description="Samples that cannot be used: counted, or the end")
+    workers: int = Field(0, ge=0, description="Threads that decode, beside the one that reads ahead")
 
 
 class DataConfig(Section):
@@ -58,6 +75,7 @@ class DataConfig(Section):
     seq_len: int = Field(512, gt=0, description="Tokens of one sample")
     sources: tuple[SourceConfig, ...] = Field((), description="Where samples come from; none: a small built-in text")
     patches: int = Field(0, ge=0, description="Image patches of one sample, all pictures together; 0: text alone")
+    pictures: PicturesConfig = Field(PicturesConfig(), description="What becomes of pictures")
     prefetch: int = Field(2, ge=0, description="Steps read ahead in a background thread")
 
 

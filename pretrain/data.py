@@ -1,27 +1,83 @@
 """The run's data: its shards, or a small built-in text when the recipe names none."""
 
+import tarfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.build import TrainTokenizer, build
+from data_pipeline.images.dataset import ImageTextDataset
+from data_pipeline.images.form import PictureForm
+from data_pipeline.images.pairs import PairStream
+from data_pipeline.images.problems import Skip, fatal
+from data_pipeline.images.stream import ImageTextStream
+from data_pipeline.mix import MixedStream
+from data_pipeline.pack import SampleStream, TokenStream
+from data_pipeline.paths import expand_paths
 from data_pipeline.reader import TokenDataset
 from data_pipeline.sources.stdlib import tiny_files
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.config import RunConfig
 
+Dataset = TokenDataset | ImageTextDataset
 OnFirst = Callable[[Callable[[], Any]], Any]  # runs an action on rank 0 alone, while the others wait
 
 
-def open_dataset(config: RunConfig, on_first: OnFirst) -> TokenDataset:
-    """The training documents. Raises ValueError or FileNotFoundError for shards that cannot be used."""
-    if len(config.data.sources) > 1:
-        raise ValueError("data.sources: mixtures of several sources are not supported yet; name one source")
+def open_datasets(config: RunConfig, on_first: OnFirst) -> list[Dataset]:
+    """The training data, source by source. Raises ValueError or FileNotFoundError for shards that cannot be used."""
     if config.data.sources:
-        return _open(config, config.data.sources[0].shards)
+        return [_open(config, source.shards) for source in config.data.sources]
     folder = Path(config.run.dir) / "data"
     on_first(lambda: build_tiny_shards(folder, config.tokenizer.path))
-    return _open(config, str(folder / "train-*.tar"))
+    return [_open(config, str(folder / "train-*.tar"))]
+
+
+def open_stream(config: RunConfig, datasets: list[Dataset]) -> SampleStream:
+    """The training samples: those of one source, or of all mixed by weight."""
+    streams = [make_stream(config, dataset) for dataset in datasets]
+    if len(streams) == 1:
+        return streams[0]
+    weights = [source.weight for source in config.data.sources]
+    return MixedStream(list(zip(streams, weights, strict=True)), seed=config.run.seed)
+
+
+def make_stream(
+    config: RunConfig, dataset: Dataset, shuffle: bool = True
+) -> TokenStream | ImageTextStream | PairStream:
+    """Samples of a dataset, as the recipe's model takes them."""
+    options: Any = {"seq_len": config.data.seq_len, "seed": config.run.seed, "shuffle": shuffle}
+    if isinstance(dataset, TokenDataset):
+        return TokenStream(dataset, **options)
+    options["workers"] = config.data.pictures.workers
+    if config.objective.name == "contrastive":
+        return PairStream(dataset, picture_form(config), **options)
+    return ImageTextStream(dataset, picture_form(config), patches=config.data.patches, **options)
+
+
+def picture_form(config: RunConfig) -> PictureForm:
+    """What becomes of a picture: as the model's tower and connector want it."""
+    model, pictures = config.model, config.data.pictures
+    vision, connector = model.vision, getattr(model, "connector", None)
+    learned = vision is not None and vision.positions == "learned"
+    rows, columns = vision.grid if learned else (224 // model.patches.size,) * 2
+    size = pictures.size or min(rows, columns) * model.patches.size
+    most = pictures.max_patches or rows * columns
+    if learned and (size // model.patches.size > min(rows, columns) or pictures.resize == "native"):
+        raise ValueError(
+            f'data.pictures: resize = "{pictures.resize}", size = {size}: model.vision.grid = {[rows, columns]} knows '
+            f'{rows} x {columns} places of {model.patches.size} pixels; choose a smaller size, or positions = "rope"'
+        )
+    return PictureForm(
+        patch=model.patches.size,
+        image_token=getattr(model, "image_token", 0),
+        resize=pictures.resize,
+        size=size,
+        max_patches=most,
+        merge=connector.merge if connector is not None else 1,
+        class_slot=vision is not None and vision.class_token,
+        queries=connector.queries if connector is not None else 0,
+    )
 
 
 def build_tiny_shards(folder: Path, tokenizer: str = "") -> None:
@@ -29,13 +85,37 @@ def build_tiny_shards(folder: Path, tokenizer: str = "") -> None:
     build(tiny_files(), folder, tokenizer=tokenizer or TrainTokenizer(vocab_size=2048), workers=1, progress=False)
 
 
-def open_held_out(config: RunConfig) -> TokenDataset:
+def open_held_out(config: RunConfig) -> Dataset:
     """The held-out documents."""
     return _open(config, config.eval.shards)
 
 
-def _open(config: RunConfig, shards: str) -> TokenDataset:
-    return TokenDataset(shards, vocab_size=config.model.vocab_size or None)
+def _open(config: RunConfig, shards: str) -> Dataset:
+    if not has_pictures(shards):
+        return TokenDataset(shards, vocab_size=config.model.vocab_size or None)
+    if not config.data.patches:
+        raise ValueError(f"{shards} hold pictures, but data.patches = 0; set how many patches a sample has")
+    if not config.tokenizer.path:
+        raise ValueError(f"{shards} hold pictures and text, but tokenizer.path is not set; name the text's tokenizer")
+    pictures = config.data.pictures
+    return ImageTextDataset(
+        shards,
+        load_tokenizer(config.tokenizer.path),
+        placeholder=pictures.placeholder,
+        image_first=pictures.image_first,
+        on_problem=fatal if pictures.broken == "fatal" else Skip(),
+    )
+
+
+def has_pictures(shards: str) -> bool:
+    """Whether the first shard is of pictures and text, not of tokens."""
+    path = expand_paths([shards], what="shards")[0]
+    try:
+        with tarfile.open(path) as tar:
+            names = [member.name for member in islice(tar, 4)]
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: is no tar that can be read ({error}); build it again") from error
+    return bool(names) and not any(name.endswith(".tokens") for name in names)
 
 
 def with_tokenizer(config: RunConfig) -> RunConfig:
@@ -53,10 +133,12 @@ def with_tokenizer(config: RunConfig) -> RunConfig:
     return _with_vocab_size(config, config.model.vocab_size or needed)
 
 
-def with_vocabulary(config: RunConfig, dataset: TokenDataset) -> RunConfig:
+def with_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
     """The config with the model's vocabulary size filled in from the shards where it is still open. Raises ValueError
     when the shards were built with another vocabulary than the recipe's tokenizer has.
     """
+    if isinstance(dataset, ImageTextDataset):  # the tokenizer's, which the recipe names
+        return config
     if dataset.info is None:
         if not config.model.vocab_size:
             raise ValueError(
@@ -76,23 +158,26 @@ def _with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
 
 
-def check_tokenizer(config: RunConfig, dataset: TokenDataset, run_dir: Path) -> None:
+def check_tokenizer(config: RunConfig, datasets: list[Dataset], run_dir: Path) -> None:
     """Raises ValueError when the run, its recipe and its shards do not all have the same tokenizer."""
     known = {"tokenizer.path": Path(config.tokenizer.path) if config.tokenizer.path else None}
-    known |= {"the shards": _of_shards(dataset), "the run": run_dir / "tokenizer"}
+    known |= {f"the shards {dataset.paths[0].parent}": _of_shards(dataset) for dataset in datasets}
+    known["the run"] = run_dir / "tokenizer"
     prints = {name: (path, load_tokenizer(path).fingerprint) for name, path in known.items() if path and path.exists()}
     if len({fingerprint for _, fingerprint in prints.values()}) > 1:
         where = ", ".join(f"{name}: {path}" for name, (path, _) in prints.items())
         raise ValueError(f"different tokenizers ({where}); build the shards with the run's, or choose another run.dir")
 
 
-def keep_tokenizer(config: RunConfig, dataset: TokenDataset, run_dir: Path) -> None:
+def keep_tokenizer(config: RunConfig, datasets: list[Dataset], run_dir: Path) -> None:
     """Keep the tokenizer with the run, so that generating and exporting need nothing else."""
-    source = Path(config.tokenizer.path) if config.tokenizer.path else _of_shards(dataset)
+    source = Path(config.tokenizer.path) if config.tokenizer.path else _of_shards(datasets[0])
     if source is not None and not (run_dir / "tokenizer").exists():
         load_tokenizer(source).save(run_dir / "tokenizer")
 
 
-def _of_shards(dataset: TokenDataset) -> Path | None:
-    folder = dataset.paths[0].parent / dataset.info.tokenizer if dataset.info else None
-    return folder if folder is not None and folder.exists() else None
+def _of_shards(dataset: Dataset) -> Path | None:
+    if isinstance(dataset, ImageTextDataset) or dataset.info is None:
+        return None
+    folder = dataset.paths[0].parent / dataset.info.tokenizer
+    return folder if folder.exists() else None

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 
 from data_pipeline.loader import held_out_batches
-from data_pipeline.pack import TokenStream
-from data_pipeline.reader import TokenDataset
 from parallel.engine import Engine
 from pretrain.config import RunConfig
+from pretrain.data import Dataset, make_stream
 
 
 def held_out_loss(
     engine: Engine,
     objective: Any,
-    dataset: TokenDataset,
+    dataset: Dataset,
     config: RunConfig,
     watch: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> dict[str, float]:
@@ -24,7 +23,7 @@ def held_out_loss(
 
     `watch` passes the micro-batches on, and may show how far they are.
     """
-    stream = TokenStream(dataset, seq_len=config.data.seq_len, shuffle=False)
+    stream = make_stream(config, dataset, shuffle=False)
     batches = [
         objective.collate(batch)
         for batch in held_out_batches(
@@ -41,6 +40,6 @@ def held_out_loss(
         raise ValueError(f"eval.shards = {config.eval.shards!r} hold no target to take a loss at")
     loss = float(sums.get("cross_entropy", sums["loss"])) / count
     result = {"eval_loss": loss}
-    if dataset.bytes_per_token:
-        result["eval_bits_per_byte"] = loss / math.log(2) / dataset.bytes_per_token
+    if bytes_per_token := getattr(dataset, "bytes_per_token", None):
+        result["eval_bits_per_byte"] = loss / math.log(2) / bytes_per_token
     return result

@@ -17,7 +17,6 @@ from checkpoints.manifest import Manifest
 from checkpoints.state import rng_state, set_rng_state
 from checkpoints.store import CheckpointStore
 from data_pipeline.loader import Loader
-from data_pipeline.pack import TokenStream
 from parallel.engine import Batch, Engine, EngineSpec, make_engine
 from parallel.hardware import device_peak_flops
 from parallel.mesh import axes_across_nodes, resolve_degrees
@@ -25,7 +24,15 @@ from parallel.world import World
 from pretrain.agree import check_agreement
 from pretrain.compile import decide_compile
 from pretrain.config import RunConfig, flat_config, load_run_config, write_config
-from pretrain.data import check_tokenizer, keep_tokenizer, open_dataset, open_held_out, with_tokenizer, with_vocabulary
+from pretrain.data import (
+    check_tokenizer,
+    keep_tokenizer,
+    open_datasets,
+    open_held_out,
+    open_stream,
+    with_tokenizer,
+    with_vocabulary,
+)
 from pretrain.environment import describe_environment
 from pretrain.evaluate import held_out_loss
 from pretrain.lock import RunLock
@@ -69,15 +76,16 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
     )
     found = ranks.on_first(lambda: check_resume(config, store))
     config = with_tokenizer(config)
-    dataset = open_dataset(config, ranks.on_first)
-    config = with_vocabulary(config, dataset)
+    datasets = open_datasets(config, ranks.on_first)
+    for dataset in datasets:
+        config = with_vocabulary(config, dataset)
     held_out = open_held_out(config) if config.eval.every else None
     if found is not None and found >= (config.train.stop_at or config.train.steps):
         key = "train.stop_at" if config.train.stop_at else "train.steps"
         _say(world, f"{run_dir} is at step {found} of {config.train.steps}: nothing to do; raise {key} to go on")
         return Position(found)
 
-    changes = ranks.on_first(lambda: check_changes(config, dataset, found))
+    changes = ranks.on_first(lambda: check_changes(config, datasets, found))
     objective = OBJECTIVES[config.objective.name][1](config.objective)
     # Of the whole run, not of what is left of it: a resume must compute what the uninterrupted run would.
     flops = _flops_a_step(config) * config.train.steps / world.size
@@ -103,7 +111,7 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
         if afresh:
             _say(world, "other parameters are trained now: the optimizer's state starts anew")
     loader = Loader(
-        TokenStream(dataset, seq_len=config.data.seq_len, seed=config.run.seed),
+        open_stream(config, datasets),
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         rank=engine.data_rank,
@@ -111,7 +119,7 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
         cursor=position.cursor,
         prefetch=config.data.prefetch,
     )
-    ranks.on_first(lambda: record_run(config, dataset, world, position.step, changes))
+    ranks.on_first(lambda: record_run(config, datasets, world, position.step, changes))
     metrics = start_metrics(config, world, position) if world.rank == 0 else None
     try:
         loop(config, engine, objective, loader, store, metrics, held_out, position, resume_command)
@@ -299,12 +307,12 @@ def evaluate(
     metrics.log_eval(step, values)
 
 
-def check_changes(config: RunConfig, dataset: Any, found: int | None) -> list[str]:
+def check_changes(config: RunConfig, datasets: Any, found: int | None) -> list[str]:
     """Settings that differ from the last start of the run, one line each. Raises ValueError for those that would give
     the saved position another meaning, and for another tokenizer.
     """
     run_dir = Path(config.run.dir)
-    check_tokenizer(config, dataset, run_dir)
+    check_tokenizer(config, datasets, run_dir)
     if not found or not (run_dir / "config.toml").is_file():
         return []
     before, after = flat_config(load_run_config(run_dir)), flat_config(config)
@@ -318,7 +326,7 @@ def check_changes(config: RunConfig, dataset: Any, found: int | None) -> list[st
     return [f"{k} {before.get(k)!r} -> {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
 
 
-def record_run(config: RunConfig, dataset: Any, world: World, step: int, changes: list[str]) -> None:
+def record_run(config: RunConfig, datasets: Any, world: World, step: int, changes: list[str]) -> None:
     """What this run is, beside its results: resolved config, environment, tokenizer; and a line for this start."""
     run_dir = Path(config.run.dir)
     write_config(config, run_dir / "config.toml")
@@ -326,7 +334,7 @@ def record_run(config: RunConfig, dataset: Any, world: World, step: int, changes
     (run_dir / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
     with (run_dir / "starts.jsonl").open("a") as starts:
         starts.write(json.dumps({"step": step, "changes": changes, **environment}) + "\n")
-    keep_tokenizer(config, dataset, run_dir)
+    keep_tokenizer(config, datasets, run_dir)
 
 
 def start_metrics(config: RunConfig, world: World, position: Position) -> Metrics:
