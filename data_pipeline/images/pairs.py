@@ -57,6 +57,11 @@ class PairStream:
         self._orders: dict[int, np.ndarray] = {}
         self._pool = ThreadPoolExecutor(workers, "decode") if workers else None
 
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """P, patches of a row, and D, values of a patch."""
+        return self.form.fullest, self.form.values
+
     def places(self, start: int, count: int) -> np.ndarray:
         """Which pairs, of ``labels`` say, rows ``start`` to ``start + count - 1`` are."""
         if start < 0 or count < 1:

@@ -64,6 +64,11 @@ class ImageTextStream:
         self.num_samples = len(self._rows.first) - 1
         self._pool = ThreadPoolExecutor(workers, "decode") if workers else None
 
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """P, patches of a row, and D, values of a patch."""
+        return self.patches, self.form.values
+
     def _measure(self) -> None:
         """What each document takes of the budgets, and how many of its pictures are kept."""
         dataset, first = self.dataset, self.dataset.first
@@ -105,7 +110,7 @@ class ImageTextStream:
     def read(self, start: int, count: int) -> ImageSamples:
         """Rows ``start`` to ``start + count - 1`` of the stream."""
         rows = [row.tolist() for row in self.rows(start, count)]
-        samples = [sample for row in rows for sample in row]
+        samples = list(dict.fromkeys(sample for row in rows for sample in row))  # two epochs may meet
         texts = dict(zip(samples, self.dataset.texts(samples), strict=True))
         pictures = self._pictures(samples)
         batch = empty_samples(count, self.seq_len, self.patches, self.form.values, self.dataset.tokenizer.eos_id)
