@@ -27,7 +27,10 @@ def save_hf(config: dict[str, Any], folder: Path, seed: int = 0) -> Any:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
-    CLIPImageProcessor(image_mean=MEAN, image_std=STD, size={"shortest_edge": 40}).save_pretrained(folder)
+    square = {"height": 24, "width": 24}
+    CLIPImageProcessor(
+        image_mean=MEAN, image_std=STD, size=square, crop_size=square, do_center_crop=False
+    ).save_pretrained(folder)
     return model.eval()
 
 

@@ -1,0 +1,110 @@
+"""A PNG and a prompt through the exported folder's own processor and model, beside our model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipImageProcessor
+
+from pretrain.load import Trained, load_trained
+from pretrain.models.vlm.hf_probe import pack
+from tests.checkpoints.hf.tiny import load_tokenizer, tiny_tokenizer
+from tests.pretrain.models.vlm.test_hf import CASES
+from tests.pretrain.models.vlm.tiny_hf import MEAN, STD, export_run, import_run, save_hf
+
+SIDE, IMAGE_TOKEN = 24, 300
+PROMPT = "the quick <image> fox jumps"
+
+
+def with_tokenizer(folder: Path, *tokens: str) -> Path:
+    """A trained tokenizer of 300 tokens and these."""
+    tiny_tokenizer().save(folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def draw(path: Path, size: tuple[int, int] = (61, 47)) -> Image.Image:
+    noise = torch.randint(256, (6, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    Image.fromarray(noise.numpy()).resize(size).save(path)
+    return Image.open(path)
+
+
+def crop(picture: Image.Image) -> Image.Image:
+    """As a fresh export says: the shorter side to SIDE, the middle of the longer."""
+    width, height = picture.size
+    scaled = picture.resize((int(width * SIDE / height), SIDE), Image.Resampling.BICUBIC)
+    left = (scaled.width - SIDE) // 2
+    return scaled.crop((left, 0, left + SIDE, SIDE))
+
+
+def squash(picture: Image.Image) -> Image.Image:
+    return picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def our_logits(trained: Trained, picture: Image.Image, folder: Path) -> torch.Tensor:
+    """From pixels and text alone, with nothing of transformers but the tokenizer."""
+    cfg = trained.config.model
+    pixels = (
+        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, SIDE, SIDE, 3).permute(0, 3, 1, 2)
+    )
+    pictures, places = pack(pixels, cfg.patches.size, cfg.vision.class_token)
+    before, after = (load_tokenizer(folder).encode(text) for text in PROMPT.split("<image>"))
+    tokens = torch.tensor([before + [IMAGE_TOKEN] * places.shape[1] + after])
+    slots = torch.full(tokens.shape, -1, dtype=torch.int32)
+    slots[0, len(before) : len(before) + places.shape[1]] = places[0].int()
+    with torch.inference_mode():
+        return trained.model.logits(trained.model(tokens, pictures=pictures, slots=slots))
+
+
+def their_logits(folder: Path, picture: Image.Image) -> torch.Tensor:
+    inputs = AutoProcessor.from_pretrained(folder)(images=picture, text=PROMPT, return_tensors="pt")
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("clip-llama", False), ("clip-llama", True), ("siglip-qwen2", True), ("siglip-normed", False)]
+)
+def test_a_png_and_a_prompt_give_the_same_logits(name: str, kept: bool, tmp_path: Path) -> None:
+    theirs, run, out = tmp_path / "hf", tmp_path / "run", tmp_path / "out"
+    save_hf(CASES[name] | {"image_token_index": IMAGE_TOKEN}, theirs)
+    if name == "siglip-qwen2":
+        size = {"height": SIDE, "width": SIDE}
+        SiglipImageProcessor(size=size, image_mean=MEAN, image_std=STD).save_pretrained(theirs)
+    import_run(theirs, run)
+    export_run(run, out, tokenizer=with_tokenizer(tmp_path / "tokenizer", "<image>"), keep=kept)
+
+    picture = draw(tmp_path / "picture.png")
+    trained = load_trained(run)
+    ours, expected = our_logits(trained, (squash if kept else crop)(picture), out), their_logits(out, picture)
+    assert (our_logits(trained, (crop if kept else squash)(picture), out) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    content = json.loads((out / "processor_config.json").read_text())
+    assert content["image_processor"]["image_processor_type"] == (
+        "SiglipImageProcessor" if name == "siglip-qwen2" else "CLIPImageProcessor"
+    )
+
+
+def test_an_image_token_of_another_name_keeps_it(tmp_path: Path) -> None:
+    save_hf(CASES["clip-llama"] | {"image_token_index": 301}, tmp_path / "hf")
+    import_run(tmp_path / "hf", tmp_path / "run")
+    tokenizer = with_tokenizer(tmp_path / "tokenizer", "<other>", "<|picture|>")
+    export_run(tmp_path / "run", tmp_path / "out", tokenizer=tokenizer)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    ids = processor(images=draw(tmp_path / "picture.png"), text="the <|picture|>", return_tensors="pt").input_ids
+    assert (ids == 301).sum() == 9
+
+
+@pytest.mark.parametrize(("token", "message"), [(300, "which it lacks"), (9, "its '.*', is not what it reads")])
+def test_an_image_token_that_no_text_gives_is_refused(token: int, message: str, tmp_path: Path) -> None:
+    save_hf(CASES["clip-llama"] | {"image_token_index": token}, tmp_path / "hf")
+    import_run(tmp_path / "hf", tmp_path / "run")
+    with pytest.raises(ValueError, match=f"tokenizer: model.image_token = {token}, {message}") as caught:
+        export_run(tmp_path / "run", tmp_path / "out", tokenizer=with_tokenizer(tmp_path / "tokenizer"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
