@@ -164,7 +164,9 @@ class Brand:
     needs; `{layers}` is the number of layers, `*` anything. prefix: what names begin with, left out
     by files saved from the bare model. inner: of a config made of several, their keys and the brands they may be of;
     the language model's comes first. probe: native config -> what its proof is run on; None: random tokens. patches:
-    native config -> image patches of one picture, 0 for a model without eyes.
+    native config -> image patches of one picture, 0 for a model without eyes. pairs: the model compares pictures with
+    texts and gives features, not logits of tokens; looks_for_end: it takes a text's at the end-of-text token.
+    objective: of the run that an import makes, as a recipe has it.
     """
 
     model_type: str
@@ -178,6 +180,9 @@ class Brand:
     inner: Mapping[str, Mapping[str, "Brand"]] = field(default_factory=dict)
     probe: Callable[[Config], Probe] | None = None
     patches: Callable[[Config], int] = lambda native: 0
+    pairs: bool = False
+    looks_for_end: bool = False
+    objective: Mapping[str, Any] = field(default_factory=dict)
 
     def rows(self, names: Iterable[str]) -> tuple[Row, ...]:
         """The key table of a file with these tensors: `tensors`, but for what it holds in the way of `also`."""

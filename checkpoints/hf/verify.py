@@ -96,13 +96,26 @@ def prove_logits(out: Path, native: Native, vocab_size: int, max_seq_len: int, p
 
 
 def run_transformers(folder: Path, probe: Probe, num_blocks: int) -> Trace:
-    """What transformers makes of a folder and a probe, in fp32.
+    """What transformers makes of a folder and a probe, in fp32. Raises NotEqual as `load_transformers`."""
+    model = load_transformers(folder)
+    blocks = find_blocks(model.get_decoder(), num_blocks)
+    states: list[Tensor] = []
+    blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0].clone()))
+    for block in blocks:
+        block.register_forward_hook(lambda _, args, out: states.append(out if isinstance(out, Tensor) else out[0]))
+    return Trace(model(input_ids=probe.tokens, **probe.hf, use_cache=False).logits, states)
+
+
+def load_transformers(folder: Path) -> Any:
+    """The model that transformers builds of a folder, in fp32.
 
     Raises NotEqual where transformers misses a tensor, finds one too many, or refuses the folder.
     """
     from transformers import (  # imports slowly
+        MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,
+        AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
     )
@@ -110,8 +123,12 @@ def run_transformers(folder: Path, probe: Probe, num_blocks: int) -> Trace:
     with _quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-            loaded: Any = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
+            kinds: tuple[tuple[Any, Any], ...] = (
+                (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+                (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+            )
+            auto = next((auto for mapping, auto in kinds if type(config) in mapping), AutoModel)
+            loaded: Any = auto.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
@@ -125,12 +142,7 @@ def run_transformers(folder: Path, probe: Probe, num_blocks: int) -> Trace:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(name if isinstance(name, str) else name[0] for name in loading[what]):
             raise NotEqual(f"transformers loads the export with {what.replace('_', ' ')}: {first_few(names)}")
-    blocks = find_blocks(model.get_decoder(), num_blocks)
-    states: list[Tensor] = []
-    blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0].clone()))
-    for block in blocks:
-        block.register_forward_hook(lambda _, args, out: states.append(out if isinstance(out, Tensor) else out[0]))
-    return Trace(model.eval()(input_ids=probe.tokens, **probe.hf, use_cache=False).logits, states)
+    return model.eval()
 
 
 def find_blocks(model: nn.Module, num_blocks: int) -> nn.ModuleList:

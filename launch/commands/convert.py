@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from checkpoints.hf.folder import KEPT, Kept
 from checkpoints.hf.ops import Shapes
 from checkpoints.hf.tokenizer import copy_tokenizer, has_tokenizer
 from checkpoints.hf.verify import Trace, prove_logits, prove_tensors
+from checkpoints.hf.verify_pairs import Features, prove_features
 from checkpoints.manifest import MANIFEST, Manifest
 from checkpoints.store import CheckpointStore
 from launch.progress import progress_bar
@@ -57,13 +59,9 @@ def export(args: argparse.Namespace) -> None:
                 lines.append("logits were not compared (--no-verify-logits)")
                 return
             bar("comparing logits", None)
-            error = prove_logits(
-                folder,
-                lambda tokens: run_native(config, checkpoint, tokens, dtype),
-                config.vocab_size,
-                config.max_seq_len,
-            )
-            lines.append(f"fp32 logits equal transformers': largest difference {error:.1e}")
+            error = prove_outputs(folder, config, checkpoint, brand, dtype)
+            what = "features and logits" if brand.pairs else "logits"
+            lines.append(f"fp32 {what} equal transformers': largest difference {error:.1e}")
 
         convert.export(
             checkpoint,
@@ -88,7 +86,10 @@ def import_(args: argparse.Namespace) -> None:
     with new_folder(run_dir) as temp:
         model = convert.look_at(folder, brands)
         seq_len = min(512, model.config["max_seq_len"])
-        tree = {"run": {"dir": str(run_dir)}, "model": model.config, "data": {"seq_len": seq_len}}
+        data = {"seq_len": seq_len, "patches": model.brand.patches(model.config)}
+        tree = {"run": {"dir": str(run_dir)}, "model": model.config, "data": data}
+        if model.brand.objective:
+            tree["objective"] = dict(model.brand.objective)
         if has_tokenizer(folder):
             tree["tokenizer"] = {"path": str(run_dir / "tokenizer")}
         config = validate(tree, str(folder))
@@ -155,18 +156,43 @@ def check_memory(shapes: Shapes) -> None:
         )
 
 
+def prove_outputs(folder: Path, config: Any, checkpoint: Path, brand: Brand, dtype: torch.dtype | None) -> float:
+    """Run both models on the brand's probe; returns the largest difference. Raises NotEqual."""
+    probe = brand.probe(config.model_dump(mode="json")) if brand.probe else None
+    if brand.pairs:
+        assert probe is not None
+        return prove_features(folder, partial(run_pairs, config, checkpoint, dtype), brand, probe)
+    native = partial(run_native, config, checkpoint, dtype)
+    return prove_logits(folder, native, config.vocab_size, config.max_seq_len, probe)
+
+
 @torch.inference_mode()
-def run_native(config: Any, checkpoint: Path, tokens: Tensor, dtype: torch.dtype | None) -> Trace:
-    """The native model's logits and states in fp32, from weights as the store loads them, rounded to `dtype`."""
-    model = build_model(config).eval()
-    tensors, _ = named_tensors(model)
-    CheckpointStore(checkpoint.parent).load(checkpoint, {name: tensor.detach() for name, tensor in tensors.items()})
-    if dtype is not None:
-        for tensor in model.parameters():  # buffers keep their type
-            tensor.copy_(tensor.to(dtype))
+def run_native(config: Any, checkpoint: Path, dtype: torch.dtype | None, tokens: Tensor, **others: Any) -> Trace:
+    """The native model's logits and states. others: what it gets beside tokens, by name."""
+    model = load_rounded(config, checkpoint, dtype)
     blocks = list(model.layers.values())
     states: list[Tensor] = []
     blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0].clone()))
     for block in blocks:
         block.register_forward_hook(lambda _, args, out: states.append(out))
-    return Trace(model.logits(model(tokens)), states)
+    return Trace(model.logits(model(tokens, **others)), states)
+
+
+@torch.inference_mode()
+def run_pairs(config: Any, checkpoint: Path, dtype: torch.dtype | None, tokens: Tensor, **others: Any) -> Features:
+    """The native model's features of pairs, and their logits."""
+    model = load_rounded(config, checkpoint, dtype)
+    images, texts = model(tokens=tokens, **others).unbind(1)
+    scale, bias = model.temperature(images)
+    return Features(images, texts, images @ texts.T * scale + bias)
+
+
+def load_rounded(config: Any, checkpoint: Path, dtype: torch.dtype | None) -> Any:
+    """The native model in fp32, from weights as the store loads them, rounded to `dtype`."""
+    model = build_model(config).eval()
+    tensors, _ = named_tensors(model)
+    CheckpointStore(checkpoint.parent).load(checkpoint, {name: tensor.detach() for name, tensor in tensors.items()})
+    if dtype is not None:
+        for tensor in model.parameters():  # buffers keep their type
+            tensor.data.copy_(tensor.data.to(dtype))
+    return model

@@ -6,6 +6,7 @@ from pretrain.models.decoder.hf import BRANDS as DECODER_BRANDS
 from pretrain.models.decoder.model import Decoder
 from pretrain.models.decoder.plan import plan as decoder_plan
 from pretrain.models.dual.config import DualConfig
+from pretrain.models.dual.hf import BRANDS as DUAL_BRANDS
 from pretrain.models.dual.model import Dual
 from pretrain.models.dual.plan import plan as dual_plan
 from pretrain.models.family import Family
@@ -18,6 +19,6 @@ FAMILIES: dict[str, Family] = {
     "decoder": Family(
         config=DecoderConfig, build=Decoder, plan=decoder_plan, hf=DECODER_BRANDS, feed_forward=feed_forward
     ),
-    "dual": Family(config=DualConfig, build=Dual, plan=dual_plan, hf={}),
+    "dual": Family(config=DualConfig, build=Dual, plan=dual_plan, hf=DUAL_BRANDS),
     "vlm": Family(config=VLMConfig, build=VLM, plan=vlm_plan, hf=VLM_BRANDS, feed_forward=feed_forward),
 }
