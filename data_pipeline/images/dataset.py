@@ -62,7 +62,7 @@ class ImageTextDataset:
         total = sum(path.stat().st_size for path in bare)
         with byte_bar(f"indexing {len(bare)} shards", total, show=progress and bool(bare), keep=False) as advance:
             self._indexes = [load_pictures(path, advance) for path in self.paths]
-        counts = [load_counts(*pair, self._captioning) for pair in zip(self.paths, self._indexes, strict=True)]
+            counts = [load_counts(*pair, self._captioning) for pair in zip(self.paths, self._indexes, strict=True)]
         kept = [self._usable(shard, count) for shard, count in enumerate(counts)]
         self._collect(counts, kept)
         if not self.num_samples:

@@ -72,7 +72,11 @@ def decode(
             check_limits(len(data), image.width, image.height, max_pixels, max_bytes)
             turn = _turn(image)
             stored = (width, height) if turn >= 5 else (height, width)
-            rgb = _decoded(image, data, stored, crop)
+            needed = _needed(image.size, stored, crop)
+            pixels = _fast(image, data, needed)
+            if pixels is not None and pixels.shape[:2] == stored and turn == 1:
+                return pixels
+            rgb = _pillow(image, needed) if pixels is None else Image.fromarray(pixels)
             rgb = rgb.resize(stored[::-1], Image.Resampling.BICUBIC, box=_box(rgb.size, stored, crop))
             if turn in TURNS:
                 rgb = rgb.transpose(TURNS[turn])
@@ -102,20 +106,27 @@ def _turn(image: Image.Image) -> int:
     return turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
 
 
-def _decoded(image: Image.Image, data: bytes, wanted: tuple[int, int], crop: bool) -> Image.Image:
-    """RGB, at least as large as needed to make ``wanted`` (height, width) of it, where the picture is."""
-    if image.format == "JPEG" and image.mode in ("RGB", "L"):
-        rows, columns = wanted
-        if crop:
-            left, top, right, bottom = _box(image.size, wanted, crop)
-            rows = math.ceil(image.height * wanted[0] / (bottom - top) - 1e-6)
-            columns = math.ceil(image.width * wanted[1] / (right - left) - 1e-6)
-        if simplejpeg is not None:
-            try:
-                return Image.fromarray(simplejpeg.decode_jpeg(data, min_height=rows, min_width=columns))
-            except ValueError:
-                pass  # Pillow decides what is broken, with and without simplejpeg
-        image.draft(None, (columns, rows))
+def _needed(size: tuple[int, int], wanted: tuple[int, int], crop: bool) -> tuple[int, int]:
+    """Height and width that a whole picture of ``size`` (width, height) must have, to make ``wanted`` of it without
+    enlarging.
+    """
+    left, top, right, bottom = _box(size, wanted, crop)
+    rows, columns = size[1] * wanted[0] / (bottom - top), size[0] * wanted[1] / (right - left)
+    return math.ceil(rows - 1e-6), math.ceil(columns - 1e-6)
+
+
+def _fast(image: Image.Image, data: bytes, needed: tuple[int, int]) -> np.ndarray | None:
+    """A JPEG by libjpeg-turbo, at the smallest of its scales that gives what is needed; None: Pillow has to decide."""
+    if simplejpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data, min_height=needed[0], min_width=needed[1])
+    except ValueError:
+        return None  # broken or not is for Pillow to say, with and without simplejpeg
+
+
+def _pillow(image: Image.Image, needed: tuple[int, int]) -> Image.Image:
+    image.draft(None, needed[::-1])  # of use with JPEGs alone
     return _rgb(image)
 
 

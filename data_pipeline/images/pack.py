@@ -60,7 +60,10 @@ def pack_rows(
 def _fill(tokens: np.ndarray, patches: np.ndarray, limits: tuple[int, int], weights: list[float]) -> list[int]:
     """Places in the pool of one row's samples, the first of the pool among them."""
     own, left = [], list(limits)
-    missing_tokens, missing_patches = 1 - tokens * weights[0], 1 - patches * weights[1]
+    # A row lacks nothing of a budget that no sample needs.
+    missing_tokens, missing_patches = (
+        (weight > 0) - amounts * weight for amounts, weight in zip((tokens, patches), weights, strict=True)
+    )
     used_tokens = used_patches = 0.0
     free, pick = np.ones(len(tokens), bool), 0
     while True:

@@ -223,6 +223,16 @@ def test_ranks_carry_equal_work_on_a_log_normal_mix(merge) -> None:
     assert sums[1].sum() / (len(sums[1]) * 1024) > 0.97, "the scarce budget is used up"
 
 
+def test_text_without_any_picture_is_packed_as_well(tmp_path) -> None:
+    samples = [{"__key__": f"{n}", "txt": " ".join(WORDS[: 1 + n % 9])} for n in range(200)]
+    dataset = ImageTextDataset(write_tar(tmp_path / "a.tar", samples), TOKENIZER, progress=False)
+    stream = ImageTextStream(dataset, form("native"), seq_len=64, patches=64, seed=1)
+    batch = stream.read(0, stream.num_samples)
+    assert (batch.images == -1).all() and (batch.spans == -1).all() and not batch.patches.any()
+    assert len(documents_in(batch)) == 200
+    assert stream.cost(0, 1, stream.num_samples, 1).token_padding < 0.05
+
+
 def test_cost_counts_what_rows_hold(dataset) -> None:
     stream = ImageTextStream(dataset, form("native"), seq_len=90, patches=128, seed=1)
     batch = stream.read(0, 8)
