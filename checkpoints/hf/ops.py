@@ -125,6 +125,49 @@ class View:
 
 
 @dataclass(frozen=True)
+class PerHead:
+    """Native tensors of heads joined head by head: [q | k | v] of the first, then of the second.
+
+    The last native tensor, of a norm over a head's dims, tells how many those are; it goes along as the second of `hf`.
+    """
+
+    native: tuple[str, ...]
+    hf: tuple[str, str]
+
+    def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
+        *parts, norm = tensors
+        heads = [part.unflatten(0, (-1, norm.shape[0])) for part in parts]
+        return [torch.stack(heads, 1).flatten(0, 2), norm]
+
+    def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        heads = tensors[0].unflatten(0, (-1, len(shapes) - 1, *shapes[-1]))
+        return [*(part.flatten(0, 1) for part in heads.unbind(1)), tensors[1]]
+
+
+@dataclass(frozen=True)
+class ChannelsLast:
+    """A weight over the pixels of square patches, [H, C * p * p] as (channel, y, x); there as (y, x, channel)."""
+
+    native_name: str
+    hf_name: str
+    channels: int = 3
+
+    @property
+    def native(self) -> tuple[str, ...]:
+        return (self.native_name,)
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.hf_name,)
+
+    def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[0].unflatten(1, (self.channels, -1)).transpose(1, 2).flatten(1)]
+
+    def to_native(self, tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        return [tensors[0].unflatten(1, (-1, self.channels)).transpose(1, 2).flatten(1)]
+
+
+@dataclass(frozen=True)
 class Under:
     """A row of a model that is part of a larger one: its names with a prefix on each side."""
 

@@ -27,18 +27,24 @@ def read_processor(folder: Path) -> Config:
 def write_processor(folder: Path, content: Config) -> None:
     """Write it. Beside a tokenizer, the image token is called as that calls it.
 
-    content: as the file's, but for `image_token_id`, the token that stands for pictures, if there is one, and `side`,
-    to which an image processor without a class of its own brings them. Raises ValueError where the tokenizer does not
-    read the image token's name as this token.
+    content: as the file's, but for `image_token_id`, the token that stands for pictures, if there is one;
+    `fixed_image_token`, its name where the processor takes no other; and `side`, to which an image processor without a
+    class of its own brings pictures. Raises ValueError where the tokenizer does not read the image token's name as this
+    token, or it is not the fixed one.
     """
     content = dict(content)
-    side, token = content.pop("side"), content.pop("image_token_id", None)
+    side, token, fixed = (content.pop(key, None) for key in ("side", "image_token_id", "fixed_image_token"))
     if "image_processor_type" not in content[IMAGES]:
         content[IMAGES] = {**fixed_size(side), **content[IMAGES]}
     if token is not None:
-        content.setdefault("image_token", "<image>")
-    if token is not None and (folder / ABOUT).is_file():
-        content["image_token"] = _name(load_tokenizer(folder), token)
+        name = _name(load_tokenizer(folder), token) if (folder / ABOUT).is_file() else None
+        if fixed is None:
+            content["image_token"] = name or content.get("image_token", "<image>")
+        elif name not in (None, fixed):
+            raise ValueError(
+                f"tokenizer: model.image_token = {token} is its {name!r}, but {content['processor_class']} takes "
+                f"{fixed!r} alone; move the run's tokenizer folder away to export without it"
+            )
     (folder / PROCESSOR).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

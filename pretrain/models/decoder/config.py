@@ -47,6 +47,7 @@ class DecoderConfig(ModelConfig):
 
     positions: Literal["rope", "learned"] = Field("rope", description="Rotary or learned absolute positions")
     rope: Rope = Field(Rope(), description="Rotary embedding of full-attention layers")
+    rotary_fraction: float = Field(1.0, gt=0, le=1, description="Part of a head's dims that rotate, the first ones")
     rope_local: Rope | None = Field(None, description="Rotary embedding of sliding layers; unset: as `rope`")
     pattern: tuple[LayerKind, ...] = Field(
         ("full",), min_length=1, description="Kinds of the layers, repeated to the depth: full, sliding, nope"
@@ -73,8 +74,11 @@ class DecoderConfig(ModelConfig):
                 f"model.heads = {self.heads} is not divisible by model.kv_heads = {self.kv_heads}; each key/value "
                 "head must serve the same number of query heads"
             )
-        if self.rotary_dim % 2 and self.positions == "rope":
-            raise ValueError(f"model.head_dim = {self.dim_per_head} is odd; rotary positions rotate pairs")
+        if (self.rotary_dim % 2 or not self.rotary_dim) and self.positions == "rope":
+            raise ValueError(
+                f"model.head_dim = {self.dim_per_head} with model.rotary_fraction = {self.rotary_fraction}: "
+                f"{self.rotary_dim} dims would rotate; rotary positions rotate pairs"
+            )
         if self.positions == "rope" and self.rope.scaling == "none" and self.rope.factor != 1:
             raise ValueError(f"model.rope.factor = {self.rope.factor}, but model.rope.scaling is none; name a scaling")
         if self.moe is not None and not self.gated:
@@ -105,7 +109,7 @@ class DecoderConfig(ModelConfig):
                 f"model.kv_heads = {self.kv_heads}, but model.mla gives each of the {self.heads} heads keys of its "
                 f"own; set it to 0 or {self.heads}"
             )
-        for key in ("head_dim", "qkv_bias", "qk_norm", "positions", "rope_local"):
+        for key in ("head_dim", "qkv_bias", "qk_norm", "positions", "rotary_fraction", "rope_local"):
             value, default = getattr(self, key), type(self).model_fields[key].default
             if value != default:
                 raise ValueError(
@@ -129,7 +133,7 @@ class DecoderConfig(ModelConfig):
     @property
     def rotary_dim(self) -> int:
         """How many dims of a head are rotated."""
-        return self.mla.rope_dim if self.mla else self.dim_per_head
+        return self.mla.rope_dim if self.mla else int(self.dim_per_head * self.rotary_fraction)
 
     def layer_kind(self, index: int) -> LayerKind:
         return self.pattern[index % len(self.pattern)]

@@ -21,7 +21,7 @@ def fixed(**values: object) -> tuple[ConfigRow, ...]:
 def one_rope() -> tuple[ConfigRow, ...]:
     """All layers rotate alike."""
     row = Mapped(("rope",), ("rope_parameters",), _one_rope_to_hf, _one_rope_to_native)
-    return row, *fixed(rope_local=None, positions="rope")
+    return row, *fixed(rope_local=None, rotary_fraction=1.0, positions="rope")
 
 
 def _one_rope_to_hf(native: Config) -> Config:
@@ -35,7 +35,7 @@ def _one_rope_to_native(hf: Config) -> Config:
 def rope_by_layer() -> tuple[ConfigRow, ...]:
     """Full and sliding layers rotate each in their way."""
     row = Mapped(("rope", "rope_local"), ("rope_parameters",), _two_ropes_to_hf, _two_ropes_to_native)
-    return row, *fixed(positions="rope")
+    return row, *fixed(rotary_fraction=1.0, positions="rope")
 
 
 def _two_ropes_to_hf(native: Config) -> Config:
@@ -302,7 +302,9 @@ GPT2_CONFIG: tuple[ConfigRow, ...] = (
         lambda hf: {"heads": hf["n_head"], "kv_heads": hf["n_head"], "head_dim": 0, "mla": None},
     ),
     activation("activation_function", "gelu_new"),
-    Mapped(("rope", "rope_local"), (), lambda native: {}, lambda hf: {}),  # unused: positions are learned
+    Mapped(
+        ("rope", "rope_local", "rotary_fraction"), (), lambda native: {}, lambda hf: {}
+    ),  # unused: positions are learned
     DENSE,
     OnlyHf("scale_attn_weights", True),
     OnlyHf("scale_attn_by_inverse_layer_idx", False),

@@ -140,7 +140,7 @@ CONFIG: tuple[ConfigRow, ...] = (
     *norms(),
     Mapped(HEADS, HEADS_OF_HF, _heads_to_hf, _heads_to_native),
     Mapped(("rope",), ("rope_parameters",), _rope_to_hf, _rope_to_native),
-    *fixed(rope_local=None, positions="rope"),
+    *fixed(rope_local=None, rotary_fraction=1.0, positions="rope"),
     Mapped(("moe",), (*MOE_KEYS.values(), "n_shared_experts"), _moe_to_hf, _moe_to_native),
     activation("hidden_act"),
     FULL_LAYERS,

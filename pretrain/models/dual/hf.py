@@ -75,7 +75,7 @@ def text_brand(model_type: str, *rows: ConfigRow) -> Brand:
             lambda hf: {"heads": hf["num_attention_heads"], "kv_heads": 0, "head_dim": 0, "mla": None},
         ),
         *fixed(gated=False, positions="learned", qkv_bias=True, out_bias=True, mlp_bias=True),
-        Mapped(("rope", "rope_local"), (), lambda native: {}, lambda hf: {}),  # unused: positions are learned
+        Mapped(("rope", "rope_local", "rotary_fraction"), (), lambda native: {}, lambda hf: {}),  # unused
         Mapped(("tied",), (), lambda native: {}, lambda hf: {"tied": False}),  # unused: there is no head
         *norms("layer"),
         DENSE,

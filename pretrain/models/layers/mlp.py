@@ -9,12 +9,17 @@ from torch.nn import functional as F
 
 from pretrain.models.layers.linear import fused_linear
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), OpenAI's CLIP's stand-in for gelu."""
     return x * (1.702 * x).sigmoid()
+
+
+def relu2(x: Tensor) -> Tensor:
+    """relu(x) ** 2 (Primer, arXiv:2109.08668)."""
+    return F.relu(x).square()
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -23,6 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": quick_gelu,
     "relu": F.relu,
+    "relu2": relu2,
 }
 
 

@@ -104,8 +104,11 @@ def cos_sin(rope: Rope, positions: Tensor, head_dim: int) -> tuple[Tensor, Tenso
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> Tensor:
     """Rotate x [B, S, H, D]: pair i is (x[i], x[i + D/2]), the layout of Hugging Face's Llama; in fp32 or wider.
 
-    neighbours: pair i is (x[2i], x[2i + 1]), and comes out where the other layout has it.
+    neighbours: pair i is (x[2i], x[2i + 1]), and comes out where the other layout has it. Where cos and sin are for
+    fewer dims, the first ones are rotated and the others stay.
     """
-    x_wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    dims = 2 * cos.shape[-1]
+    x_wide = x[..., :dims].to(torch.promote_types(x.dtype, cos.dtype))
     first, second = (x_wide[..., 0::2], x_wide[..., 1::2]) if neighbours else x_wide.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return rotated if dims == x.shape[-1] else torch.cat((rotated, x[..., dims:]), dim=-1)

@@ -1,49 +1,28 @@
 """Hugging Face key tables of the vision-language brands: a decoder's and a tower's, each under its prefix."""
 
-from checkpoints.hf.brand import Brand, Choice, Config, ConfigRow, Mapped, Same, misfit
+from checkpoints.hf.brand import Brand, Choice, Config, Mapped, Same, misfit
 from checkpoints.hf.inner import inner_to_hf, inner_to_native
 from checkpoints.hf.ops import Row, under
 from checkpoints.hf.probe import Probe
 from checkpoints.hf.processor import mean_and_std
-from pretrain.models.decoder.config import DecoderConfig
 from pretrain.models.decoder.hf import BRANDS as DECODERS
 from pretrain.models.decoder.hf import linear
+from pretrain.models.vlm.hf_fuyu import FUYU
 from pretrain.models.vlm.hf_probe import picture_probe
+from pretrain.models.vlm.hf_text import text_row
 from pretrain.models.vlm.hf_tower import ACTIVATIONS, TOWER_TENSORS, TOWERS
 
 # Language models whose tensors have the same names, or none.
 LANGUAGE = {name: DECODERS[name] for name in ("llama", "qwen2", "qwen3", "mistral")}
-LANGUAGE_TENSORS: tuple[Row, ...] = tuple(
-    dict.fromkeys(row for brand in LANGUAGE.values() for row in brand.tensors)  # each once, in order
-)
-DECODER_KEYS = tuple(DecoderConfig.model_fields)
-
-
-def text_row(brands: dict[str, Brand]) -> ConfigRow:
-    """The decoder, in `text_config`; whether its head is tied is said above it."""
-
-    def write(native: Config) -> Config:
-        decoder = {key: native[key] for key in DECODER_KEYS} | {"family": "decoder"}
-        return {"text_config": inner_to_hf(brands, decoder), "tie_word_embeddings": native["tied"]}
-
-    def read(hf: Config) -> Config:
-        text = inner_to_native(brands, hf, "text_config")
-        return text | {"family": "vlm", "tied": hf["tie_word_embeddings"]}
-
-    return Mapped(DECODER_KEYS, ("text_config", "tie_word_embeddings"), write, read)
-
-
-# --- LLaVA ---
+LANGUAGE_TENSORS: tuple[Row, ...] = tuple(dict.fromkeys(row for brand in LANGUAGE.values() for row in brand.tensors))
 
 
 def _tower_to_hf(native: Config) -> Config:
     vision = native["vision"]
     if vision is None:
         raise misfit("model.vision", None, ["a table"])
-    tower = {key: value for key, value in vision.items() if key != "output_layer"} | {
-        "patch": native["patches"]["size"]
-    }
-    inner = inner_to_hf(TOWERS, tower)
+    tower = {key: value for key, value in vision.items() if key != "output_layer"}
+    inner = inner_to_hf(TOWERS, tower | {"patch": native["patches"]["size"]})
     if vision["output_layer"] == -1:
         if vision["class_token"]:
             raise misfit("model.vision.output_layer", -1, ["-2 and below: CLIP norms its class token alone"])
@@ -146,4 +125,4 @@ LLAVA = Brand(
     patches=_llava_patches,
 )
 
-BRANDS: dict[str, Brand] = {brand.model_type: brand for brand in (LLAVA,)}
+BRANDS: dict[str, Brand] = {brand.model_type: brand for brand in (LLAVA, FUYU)}

@@ -20,6 +20,7 @@ from launch.commands.convert import native_tensors
 from pretrain.config import recipe_names, resolve
 from pretrain.generate import generate
 from pretrain.load import load_trained
+from pretrain.models import FAMILIES
 from pretrain.models.decoder.config import DecoderConfig
 from pretrain.models.decoder.hf import BRANDS
 from tests.checkpoints.hf.tiny import CASES, VOCAB, checkpoint_command, load_tokenizer, save_model, tiny_tokenizer
@@ -155,7 +156,11 @@ def assert_greedy_tokens_agree(run: Path, back: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_has_a_brand_whose_table_fits(recipe: str) -> None:
     config = resolve(recipe, ["model.vocab_size=1024"])[0].model
-    brand = choose_brand(BRANDS, config.model_dump(mode="json"), None)
+    try:
+        brand = choose_brand(FAMILIES[config.family].hf, config.model_dump(mode="json"), None)
+    except ValueError:
+        assert config.family != "decoder" and recipe.startswith(("tiny", "digits"))  # nobody has published the like
+        return
     known = [name for name in BRANDS if recipe.startswith(name.removesuffix("_text").removesuffix("_moe"))]
     assert not known or brand.model_type in known
     shapes, _ = native_tensors(config)

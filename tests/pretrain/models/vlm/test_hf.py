@@ -68,7 +68,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert (blind - expected).abs().max() > 0.1  # else the next line would prove nothing
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
-    assert export_run(run, back) < 1e-4
+    export_run(run, back)
     before, after = (load_file(folder / "model.safetensors") for folder in (theirs, back))
     assert before.keys() == after.keys()
     for key, tensor in before.items():
@@ -97,7 +97,7 @@ def test_a_head_that_pools_and_a_layer_counted_from_the_front(tmp_path: Path) ->
     model, run, back = save_hf(case, tmp_path / "hf"), tmp_path / "run", tmp_path / "back"
     assert any("head.probe" in name for name, _ in model.named_parameters())
     import_run(tmp_path / "hf", run)
-    assert export_run(run, back) < 1e-4
+    export_run(run, back)
     config = config_of(back)
     assert config["vision_feature_layer"] == -4 and config["vision_config"]["vision_use_head"] is False
     probe = probe_of(load_trained(run))
@@ -112,7 +112,7 @@ def test_pixels_past_the_last_whole_patch(tmp_path: Path) -> None:
     save_hf(case, tmp_path / "hf")
     import_run(tmp_path / "hf", tmp_path / "run")
     assert load_trained(tmp_path / "run").config.model.vision.grid == (3, 3)
-    assert export_run(tmp_path / "run", tmp_path / "back") < 1e-4
+    export_run(tmp_path / "run", tmp_path / "back")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""Fuyu: Hugging Face -> run -> Hugging Face, equal by logits with pictures, by every tensor's bits and by config."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoints.hf.brand import choose_brand
+from pretrain.load import load_trained
+from pretrain.models.vlm.config import VLMConfig
+from pretrain.models.vlm.hf import BRANDS
+from tests.checkpoints.hf.tiny import TOKEN_IDS
+from tests.pretrain.models.vlm.test_hf import config_of
+from tests.pretrain.models.vlm.tiny_hf import IMAGE_TOKEN, VOCAB, export_run, import_run, probe_of, save_hf
+
+PERSIMMON = {
+    "model_type": "persimmon", "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 76,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+} | TOKEN_IDS  # fmt: skip
+FUYU = {"model_type": "fuyu", "patch_size": 5, "image_token_id": IMAGE_TOKEN, "text_config": PERSIMMON}
+THIRD = {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0, "partial_rotary_factor": 1 / 3}
+CASES: dict[str, dict[str, Any]] = {
+    "fuyu": FUYU,
+    "fuyu-tied": FUYU
+    | {"tie_word_embeddings": True}
+    | {"text_config": PERSIMMON | {"tie_word_embeddings": True, "rope_parameters": THIRD, "hidden_act": "gelu"}},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    theirs, run, back = tmp_path / "hf", tmp_path / "run", tmp_path / "back"
+    model = save_hf(CASES[name], theirs)
+    import_run(theirs, run)
+
+    native = load_trained(run)
+    probe = probe_of(native)
+    assert (probe.native["slots"] >= 0).sum() == 18
+    with torch.inference_mode():
+        ours = native.model.logits(native.model(probe.tokens, **probe.native))
+        expected = model(input_ids=probe.tokens, **probe.hf).logits
+        blind = native.model.logits(native.model(probe.tokens))
+    assert (blind - expected).abs().max() > 0.1  # else the next line would prove nothing
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+    export_run(run, back)
+    before, after = (load_file(folder / "model.safetensors") for folder in (theirs, back))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
+    assert config_of(theirs) == config_of(back)
+
+
+PERSIMMON_LIKE = {
+    "norm": "layer", "gated": False, "activation": "relu2", "qk_norm": "head", "rotary_fraction": 0.5,
+    "connector": {"kind": "linear"}, **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, ""),
+        ({"vision": {}}, "model.vision = 'set' (allowed: None)"),
+        ({"connector": {"kind": "mlp"}}, "model.connector.kind = 'mlp'"),
+        ({"qk_norm": "none"}, "persimmon cannot express model.qk_norm = 'none'"),
+        ({"kv_heads": 2}, "model.kv_heads = 2 (allowed: 0, 6)"),
+    ],
+)
+def test_what_fuyu_lacks_is_named(change: dict[str, Any], message: str) -> None:
+    config = VLMConfig(vocab_size=VOCAB, **(PERSIMMON_LIKE | change)).model_dump(mode="json")
+    if not message:
+        assert choose_brand(BRANDS, config, None).model_type == "fuyu"
+        return
+    with pytest.raises(ValueError, match="no Hugging Face architecture expresses this model: llava cannot") as caught:
+        choose_brand(BRANDS, config, None)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
