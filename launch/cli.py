@@ -98,7 +98,7 @@ def _add_run(commands: Any) -> None:
 
 
 def _add_data(commands: Any) -> None:
-    data = _group(commands, "data", "build and inspect token shards")
+    data = _group(commands, "data", "build and inspect shards")
     build = _leaf(data, "build", "data:build", "text, JSONL or parquet -> tokenized WebDataset shards")
     build.add_argument("--input", nargs="+", required=True, help='files, globs, or "stdlib" for Python\'s own sources')
     build.add_argument("--out", required=True, help="folder of the shards")
@@ -114,6 +114,15 @@ def _add_data(commands: Any) -> None:
     build.add_argument(
         "--max-reject-share", type=float, default=0.05, help="give up when more than this share of records is bad"
     )
+    summary = "scikit-learn's handwritten digits -> shards of pictures and captions"
+    digits = _leaf(data, "digits", "pictures:digits", summary)
+    digits.add_argument("--out", required=True, help="folder of the shards")
+    summary = "a folder with a folder of pictures for each class -> shards of pictures and captions"
+    pictures = _leaf(data, "pictures", "pictures:class_folders", summary)
+    pictures.add_argument("--input", required=True, help="the folder")
+    pictures.add_argument("--out", required=True, help="folder of the shards")
+    pictures.add_argument("--template", default="a photo of a {name}", help="caption (default: %(default)r)")
+    pictures.add_argument("--held-out", type=float, default=0.0, help="share of pictures kept apart, 0 to 1")
     inspect = _leaf(data, "inspect", "data:inspect", "show documents of shards, decoded")
     inspect.add_argument("shards", nargs="+", help="shards, or globs")
     inspect.add_argument("-n", "--num", type=int, default=3, help="documents to show")
@@ -176,6 +185,21 @@ def _add_results(commands: Any) -> None:
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.shards=data/heldout-*.tar")
     evaluate.add_argument("--step", type=int, help="checkpoint to use (default: the newest whole one)")
     _nproc(evaluate)
+    summary = "what a vision-language model says of held-out pictures, and how often it is right"
+    caption = _leaf(commands, "caption", "pictures:captions", summary)
+    caption.add_argument("--max-new-tokens", type=int, default=32, help="longest caption (default: %(default)s)")
+    summary = "which class a dual encoder takes held-out pictures for, and how often it is right"
+    zero_shot = _leaf(commands, "zero-shot", "pictures:zero_shot", summary)
+    zero_shot.add_argument("--classes", help="JSON list of class names (default: classes.json beside the shards)")
+    zero_shot.add_argument(
+        "--template", action="append", required=True, help="caption of a class, {} for its name; may be repeated"
+    )
+    for looking in (caption, zero_shot):
+        looking.add_argument("run", help="the run's folder")
+        looking.add_argument("--shards", help="held-out shards (default: the run's eval.shards)")
+        looking.add_argument("--limit", type=int, default=1000, help="pictures at most (default: %(default)s)")
+        looking.add_argument("--step", type=int, help="checkpoint to use (default: the newest whole one)")
+        looking.add_argument("--out", help="HTML page with each picture, to write")
     report = _leaf(commands, "report", "results:report", "one HTML page of curves and config, several runs overlaid")
     report.add_argument("runs", nargs="+", metavar="run", help="folders of runs")
     report.add_argument("--out", help="file to write (default: report.html in the first run's folder)")
