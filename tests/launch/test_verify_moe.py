@@ -110,5 +110,5 @@ def test_layouts_of_eight(options, layouts, tmp_path):
     certifier = make_certifier(tmp_path, 32, **options)
     for degrees in layouts:
         parallel = ParallelConfig(**{**ALONE, **degrees})
-        verdict = certifier.verify(parallel, {"adamw": _rounds(parallel, 32)["adamw"]})
+        verdict = certifier.verify(parallel, {"adamw": _rounds(certifier.config, parallel)["adamw"]})
         assert verdict.agrees, (describe_layout(parallel), verdict.refused, verdict.diagnosis())

@@ -39,7 +39,7 @@ def test_layouts_of_four(kind, tmp_path):
     certifier = make_certifier(tmp_path, kind)
     for degrees in LAYOUTS[kind]:
         parallel = ParallelConfig(**{**ALONE, **degrees})
-        verdict = certifier.verify(parallel, {"adamw": _rounds(parallel, 8)["adamw"]})
+        verdict = certifier.verify(parallel, {"adamw": _rounds(certifier.config, parallel)["adamw"]})
         assert verdict.agrees, (describe_layout(parallel), verdict.refused, verdict.diagnosis())
 
 
