@@ -30,21 +30,20 @@ def write_processor(folder: Path, content: Config) -> None:
     content: as the file's, but for `image_token_id`, the token that stands for pictures, if there is one;
     `fixed_image_token`, its name where the processor takes no other; and `side`, to which an image processor without a
     class of its own brings pictures. Raises ValueError where the tokenizer does not read the image token's name as this
-    token, or it is not the fixed one.
+    token, or as the fixed one.
     """
     content = dict(content)
     side, token, fixed = (content.pop(key, None) for key in ("side", "image_token_id", "fixed_image_token"))
     if "image_processor_type" not in content[IMAGES]:
         content[IMAGES] = {**fixed_size(side), **content[IMAGES]}
-    if token is not None:
-        name = _name(load_tokenizer(folder), token) if (folder / ABOUT).is_file() else None
-        if fixed is None:
-            content["image_token"] = name or content.get("image_token", "<image>")
-        elif name not in (None, fixed):
-            raise ValueError(
-                f"tokenizer: model.image_token = {token} is its {name!r}, but {content['processor_class']} takes "
-                f"{fixed!r} alone; move the run's tokenizer folder away to export without it"
-            )
+    tokenizer = load_tokenizer(folder) if token is not None and (folder / ABOUT).is_file() else None
+    if token is not None and fixed is None:
+        content["image_token"] = _name(tokenizer, token) if tokenizer else content.get("image_token", "<image>")
+    elif tokenizer and tokenizer.convert_tokens_to_ids(fixed) != token:
+        raise ValueError(
+            f"tokenizer: model.image_token = {token} must be {fixed!r} for a {content['processor_class']}; move the "
+            "run's tokenizer folder away to export without it"
+        )
     (folder / PROCESSOR).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

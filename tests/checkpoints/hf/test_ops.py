@@ -1,7 +1,20 @@
 import pytest
 import torch
 
-from checkpoints.hf.ops import Concat, Rename, Row, Shapes, Stack, bind, match, wrong_experts
+from checkpoints.hf.ops import (
+    ChannelsLast,
+    Concat,
+    PerHead,
+    Rename,
+    Row,
+    Shapes,
+    Stack,
+    View,
+    bind,
+    match,
+    under,
+    wrong_experts,
+)
 
 SHAPES: Shapes = {
     "embed": (7, 3),
@@ -53,6 +66,43 @@ def test_concat_along_another_dim() -> None:
     assert joined.shape == (4, 7, 3) and torch.equal(joined[:, 5:], up)
     back = row.to_native([joined], [(4, 5, 3), (4, 2, 3)])
     assert torch.equal(back[0], gate) and torch.equal(back[1], up)
+
+
+def test_view_is_the_same_values_in_another_shape() -> None:
+    conv = torch.randn(5, 3, 2, 2)
+    row = View("embed", "conv", lambda shape: (shape[0], 3, 2, 2))
+    flat = conv.flatten(1)
+    assert torch.equal(row.to_hf([flat])[0], conv)
+    assert torch.equal(row.to_native([conv], [(5, 12)])[0], flat)
+
+
+def test_per_head_puts_each_heads_queries_keys_and_values_together() -> None:
+    row = PerHead(("q", "k", "v", "norm"), ("qkv", "q_norm"))
+    for shape in ((6, 4), (6,)):  # two heads of three dims: weights, and biases
+        q, k, v, norm = torch.randn(shape), torch.randn(shape), torch.randn(shape), torch.randn(3)
+        joined, along = row.to_hf([q, k, v, norm])
+        assert torch.equal(joined[:6], torch.cat((q[:3], k[:3]))) and torch.equal(joined[15:], v[3:])
+        back = row.to_native([joined, along], [shape, shape, shape, (3,)])
+        assert all(torch.equal(one, other) for one, other in zip(back, (q, k, v, norm), strict=True))
+
+
+def test_channels_last() -> None:
+    """y and x swapped would go unseen by shapes."""
+    weight = torch.arange(12.0)[None]  # channel * 4 + y * 2 + x
+    row = ChannelsLast("embed", "vision")
+    (there,) = row.to_hf([weight])
+    assert there[0].tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+    assert torch.equal(row.to_native([there], [(1, 12)])[0], weight)
+
+
+def test_rows_under_a_prefix_are_those_of_a_part() -> None:
+    rows = under((Rename("norm", "ln", keep_dtype=True), *TABLE), native="vision.", hf="tower.model.")
+    (step,) = bind(rows, {"vision.norm": (3,)})
+    assert (step.native, step.hf, step.keep_dtype) == (("vision.norm",), ("tower.model.ln",), True)
+    steps = bind(rows, {f"vision.{name}": shape for name, shape in SHAPES.items()})
+    assert [step.hf[0] for step in steps] == ["tower.model.wte", "tower.model.h.0.qk", "tower.model.h.10.qk"]
+    with pytest.raises(ValueError, match="no row for 'norm'"):
+        bind(rows, {"norm": (3,)})
 
 
 def test_another_number_of_experts_is_told_from_missing_ones() -> None:

@@ -6,13 +6,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, normalizers
+from transformers import AutoModelForImageTextToText, AutoProcessor, FuyuImageProcessorPil, PreTrainedTokenizerFast
 
 from checkpoints.hf.brand import choose_brand
 from pretrain.load import load_trained
 from pretrain.models.vlm.config import VLMConfig
 from pretrain.models.vlm.hf import BRANDS
+from pretrain.models.vlm.hf_probe import as_patches
+from pretrain.models.vlm.model import Pictures
 from tests.checkpoints.hf.tiny import TOKEN_IDS
 from tests.pretrain.models.vlm.test_hf import config_of
+from tests.pretrain.models.vlm.test_hf_processor import draw
 from tests.pretrain.models.vlm.tiny_hf import IMAGE_TOKEN, VOCAB, export_run, import_run, probe_of, save_hf
 
 PERSIMMON = {
@@ -78,3 +84,57 @@ def test_what_fuyu_lacks_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="no Hugging Face architecture expresses this model: llava cannot") as caught:
         choose_brand(BRANDS, config, None)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def save_tokenizer(folder: Path, *tokens: str) -> Path:
+    """These are its first tokens; a mark comes before each text, which Fuyu's processor cuts off."""
+    pieces = [(token, -1.0) for token in (*tokens, "<unk>", "<s>", "</s>")]
+    model = models.Unigram([*pieces, *((letter, -3.0) for letter in "▁ abcdefghijklmnopqrstuvwxyz")], len(tokens))
+    fast = FastTokenizer(model)
+    fast.normalizer = normalizers.Prepend("▁")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=fast, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def patches_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.23 without torchvision: Fuyu's processor hands a tensor to a function that knows numpy alone."""
+    theirs = FuyuImageProcessorPil.patchify_image
+
+    def patchify(self: Any, image: torch.Tensor, patch_size: Any = None) -> torch.Tensor:
+        return torch.from_numpy(theirs(self, image.numpy(), patch_size))
+
+    monkeypatch.setattr(FuyuImageProcessorPil, "patchify_image", patchify)
+
+
+def test_a_png_and_a_prompt_give_the_same_logits(tmp_path: Path, patches_of_tensors: None) -> None:
+    theirs, run, out = tmp_path / "hf", tmp_path / "run", tmp_path / "out"
+    save_hf(FUYU | {"image_token_id": 0}, theirs)
+    import_run(theirs, run)
+    export_run(run, out, tokenizer=save_tokenizer(tmp_path / "tokenizer", "|SPEAKER|", "|NEWLINE|"), keep=False)
+    picture = draw(tmp_path / "picture.png", (20, 15))
+    inputs = AutoProcessor.from_pretrained(out)(images=picture, text="the quick fox", return_tensors="pt")
+    tokens = inputs.input_ids
+    assert tokens[0, :15].tolist() == [0, 0, 0, 0, 1] * 3  # a new line after each row of patches
+    model: Any = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    trained = load_trained(run)
+
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, 15, 20, 3).permute(0, 3, 1, 2)
+    patches = as_patches(pixels, 5)
+    grid = torch.tensor([[row, column] for row in range(3) for column in range(4)], dtype=torch.int32)
+    pictures = Pictures.packed(patches, torch.zeros(1, 12, dtype=torch.int32), grid[None])
+    slots = torch.full(tokens.shape, -1)
+    slots[tokens == 0] = torch.arange(12)
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+        ours = trained.model.logits(trained.model(tokens, pictures=pictures, slots=slots.int()))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_an_image_token_of_another_name_is_refused(tmp_path: Path) -> None:
+    save_hf(FUYU | {"image_token_id": 0}, tmp_path / "hf")
+    import_run(tmp_path / "hf", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"image_token = 0 must be '\|SPEAKER\|' for a FuyuProcessor") as caught:
+        export_run(tmp_path / "run", tmp_path / "out", tokenizer=save_tokenizer(tmp_path / "tokenizer", "<image>"))
+    assert "\n" not in str(caught.value)
