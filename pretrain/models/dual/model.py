@@ -107,13 +107,15 @@ class Dual(Decoder):
         return scale, torch.zeros_like(scale) if self.offset is None else self.offset(like)
 
     def init_parameter(self, name: str, tensor: Tensor, generator: Generator) -> None:
-        """The text tower as the decoder, the image tower as a vision-language model's; heads have a variance of
-        1 / inputs, and so has what they give of a normalised input.
+        """The text tower as the decoder, the image tower as a vision-language model's, but that positions, class token
+        and query have a variance of 1 / width: both papers' code does so, and places are told apart much earlier.
         """
         if name == "log_scale.weight":
             tensor.fill_(math.log(self.cfg.logit_scale))
         elif name == "offset.weight":
             tensor.fill_(self.cfg.logit_bias or 0.0)
+        elif name.startswith(("vision.", "pool.")) and name.endswith("_embed.weight") and "patch" not in name:
+            tensor.normal_(0.0, self.cfg.vision.hidden**-0.5, generator=generator)
         elif name.startswith(("vision.", "pool.", "image_head.", "text_head.")):
             init_tower_parameter(name, tensor, generator)
         else:
