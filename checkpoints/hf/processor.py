@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.hf.brand import Config, Misfit, misfit
-from checkpoints.hf.tokenizer import ABOUT, load_tokenizer
+from checkpoints.hf.tokenizer import ABOUT, FAST, load_tokenizer
 
 KEY = "processor"
 PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
+IMAGE = "<image>"
 IMAGES = "image_processor"  # key of the first file; older models have a second file in its place
 
 
@@ -25,7 +26,7 @@ def read_processor(folder: Path) -> Config:
 
 
 def write_processor(folder: Path, content: Config) -> None:
-    """Write it. Beside a tokenizer, the image token is called as that calls it.
+    """Write it. Beside a tokenizer, the image token is called as that calls it; if it has all others, it gets this one.
 
     content: as the file's, but for `image_token_id`, the token that stands for pictures, if there is one;
     `fixed_image_token`, its name where the processor takes no other; and `side`, to which an image processor without a
@@ -36,10 +37,10 @@ def write_processor(folder: Path, content: Config) -> None:
     side, token, fixed = (content.pop(key, None) for key in ("side", "image_token_id", "fixed_image_token"))
     if "image_processor_type" not in content[IMAGES]:
         content[IMAGES] = {**fixed_size(side), **content[IMAGES]}
-    tokenizer = load_tokenizer(folder) if token is not None and (folder / ABOUT).is_file() else None
+    beside = token is not None and (folder / ABOUT).is_file()
     if token is not None and fixed is None:
-        content["image_token"] = _name(tokenizer, token) if tokenizer else content.get("image_token", "<image>")
-    elif tokenizer and tokenizer.convert_tokens_to_ids(fixed) != token:
+        content["image_token"] = _name(folder, token) if beside else content.get("image_token", IMAGE)
+    elif beside and load_tokenizer(folder).convert_tokens_to_ids(fixed) != token:
         raise ValueError(
             f"tokenizer: model.image_token = {token} must be {fixed!r} for a {content['processor_class']}; move the "
             "run's tokenizer folder away to export without it"
@@ -47,7 +48,15 @@ def write_processor(folder: Path, content: Config) -> None:
     (folder / PROCESSOR).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _name(tokenizer: Any, token: int) -> str:
+def _name(folder: Path, token: int) -> str:
+    """What the tokenizer beside calls the image token; the one after its last becomes IMAGE there."""
+    tokenizer = load_tokenizer(folder)
+    if token == len(tokenizer) and IMAGE not in tokenizer.get_vocab() and (folder / FAST).is_file():
+        whole = read_json(folder / FAST)
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        whole["added_tokens"].append({"id": token, "content": IMAGE, **flags, "special": True})
+        (folder / FAST).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        tokenizer = load_tokenizer(folder)
     name = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
     if name is not None and tokenizer.encode(name, add_special_tokens=False) == [token]:
         return str(name)

@@ -91,6 +91,19 @@ def test_a_png_and_a_prompt_give_the_same_logits(name: str, kept: bool, tmp_path
     )
 
 
+def test_a_tokenizer_without_the_image_token_gets_it(tmp_path: Path) -> None:
+    """A run whose image token is the one after its tokenizer's last."""
+    save_hf(CASES["clip-llama"] | {"image_token_index": 300}, tmp_path / "hf")
+    import_run(tmp_path / "hf", tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out", tokenizer=with_tokenizer(tmp_path / "tokenizer"), keep=False)
+    ids = AutoProcessor.from_pretrained(tmp_path / "out")(
+        images=draw(tmp_path / "picture.png"), text=PROMPT, return_tensors="pt"
+    ).input_ids[0]
+    before, after = (load_tokenizer(tmp_path / "tokenizer").encode(text) for text in PROMPT.split("<image>"))
+    assert ids.tolist() == before + [300] * 9 + after
+    assert len(load_tokenizer(tmp_path / "run/tokenizer")) == 300  # the run's own is left alone
+
+
 def test_an_image_token_of_another_name_keeps_it(tmp_path: Path) -> None:
     save_hf(CASES["clip-llama"] | {"image_token_index": 301}, tmp_path / "hf")
     import_run(tmp_path / "hf", tmp_path / "run")
@@ -101,7 +114,7 @@ def test_an_image_token_of_another_name_keeps_it(tmp_path: Path) -> None:
     assert (ids == 301).sum() == 9
 
 
-@pytest.mark.parametrize(("token", "message"), [(300, "which it lacks"), (9, "its '.*', is not what it reads")])
+@pytest.mark.parametrize(("token", "message"), [(301, "which it lacks"), (9, "its '.*', is not what it reads")])
 def test_an_image_token_that_no_text_gives_is_refused(token: int, message: str, tmp_path: Path) -> None:
     save_hf(CASES["clip-llama"] | {"image_token_index": token}, tmp_path / "hf")
     import_run(tmp_path / "hf", tmp_path / "run")
