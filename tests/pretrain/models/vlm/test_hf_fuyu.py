@@ -138,3 +138,9 @@ def test_an_image_token_of_another_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"image_token = 0 must be '\|SPEAKER\|' for a FuyuProcessor") as caught:
         export_run(tmp_path / "run", tmp_path / "out", tokenizer=save_tokenizer(tmp_path / "tokenizer", "<image>"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.05])
+def test_dims_that_make_no_pairs_are_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match=f"head_dim = 10 with model.rotary_fraction = {fraction}: . dims would rotate"):
+        VLMConfig(hidden=60, heads=6, rotary_fraction=fraction, head_dim=10)
