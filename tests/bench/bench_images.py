@@ -228,7 +228,7 @@ def first_come(tokens: np.ndarray, patches: np.ndarray, order: np.ndarray, seq_l
 
 
 def compare_packing(samples: int = 100_000) -> None:
-    """A log-normal mix: captions of 20 to 1,000 tokens, pictures of 4 to 1,024 patches, 4 patches a token."""
+    """A log-normal mix: captions of 3 to 1,000 tokens, pictures of 4 to 1,024 patches, 4 patches a token."""
     rng = np.random.default_rng(0)
     patches = rng.lognormal(5, 1, samples).clip(4, 1024).astype(np.int64) // 4 * 4
     tokens = patches // 4 + rng.lognormal(4, 1, samples).clip(3, 1000).astype(np.int64)
