@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipImageProcessor
 
+from data_pipeline.images.decode import decode
+from data_pipeline.images.form import PictureForm
 from pretrain.load import Trained, load_trained
 from pretrain.models.vlm.hf_probe import pack
 from tests.checkpoints.hf.tiny import load_tokenizer, tiny_tokenizer
@@ -89,6 +91,24 @@ def test_a_png_and_a_prompt_give_the_same_logits(name: str, kept: bool, tmp_path
     assert content["image_processor"]["image_processor_type"] == (
         "SiglipImageProcessor" if name == "siglip-qwen2" else "CLIPImageProcessor"
     )
+
+
+def test_a_picture_as_training_reads_it_gives_the_same_logits(tmp_path: Path) -> None:
+    """A square one: of others, transformers rounds the longer side to whole pixels before it cuts, we do not."""
+    save_hf(CASES["clip-llama"] | {"image_token_index": IMAGE_TOKEN}, tmp_path / "hf")
+    run, out = tmp_path / "run", tmp_path / "out"
+    import_run(tmp_path / "hf", run)
+    export_run(run, out, tokenizer=with_tokenizer(tmp_path / "tokenizer"), keep=False)
+    picture = draw(tmp_path / "picture.png", (53, 53))
+    pixels = decode((tmp_path / "picture.png").read_bytes(), SIDE, SIDE, crop=True)
+
+    form = PictureForm(patch=8, image_token=IMAGE_TOKEN, size=SIDE, class_slot=True)
+    patches = form.patches(pixels)
+    packed, _ = pack(torch.tensor(pixels).permute(2, 0, 1)[None], 8, class_token=True)
+    assert torch.equal(packed.patches[0], torch.from_numpy(patches))
+    assert torch.equal(packed.grid[0], torch.from_numpy(form.cells((3, 3))))
+    ours = our_logits(load_trained(run), Image.fromarray(pixels), out)
+    torch.testing.assert_close(ours, their_logits(out, picture), rtol=0, atol=1e-4)
 
 
 def test_a_tokenizer_without_the_image_token_gets_it(tmp_path: Path) -> None:
