@@ -12,6 +12,7 @@ BENCHES = (
     "bench_build",
     "bench_export",
     "bench_checkpoint",
+    "bench_images",
 )
 
 if __name__ == "__main__":
