@@ -19,6 +19,7 @@ from parallel.planner.shape import read_shape
 from parallel.tensor import check_tensor
 from pretrain.config import Origins, RunConfig
 from pretrain.models import FAMILIES
+from pretrain.objectives import OBJECTIVES
 
 NEAREST = 64  # how far from an impossible number of GPUs a possible one is looked for
 MORE = (2, 4, 8, 16, 32, 64)  # times as many GPUs, tried where nothing fits
@@ -46,6 +47,11 @@ def ask(config: RunConfig, origins: Origins, gpus: int, gpu: Gpu) -> Question:
         raise ValueError("parallel.cpu_offload = true cannot be planned: all is counted on the GPU; set it to false")
     if not config.model.vocab_size:
         raise ValueError("model.vocab_size = 0 is left to the data's tokenizer; set model.vocab_size to plan")
+    if hasattr(OBJECTIVES[config.objective.name][1], "across"):
+        raise ValueError(
+            f'objective.name = "{config.objective.name}" cannot be planned: the planner counts models with a head over '
+            "tokens; spread it with parallel.dp_shard = -1 and measure a short run"
+        )
     family, seq_len = FAMILIES[config.model.family], config.data.seq_len
     with torch.device("meta"):
         model = family.build(config.model)

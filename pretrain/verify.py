@@ -274,6 +274,8 @@ def check_layout(config: RunConfig, processes: int | None) -> tuple[int, dict[st
         processes = math.prod(2 if degree == -1 else max(degree, 1) for degree in degrees)
     found = resolve_degrees(config.parallel, processes)
     check_balance(config)
+    if compares_samples(config):
+        check_across(found, config.train.global_batch, config.train.micro_batch)
     plan, cp, tp = FAMILIES[config.model.family].plan(config.model), found["cp"], found["tp"]
     check_experts(plan, found["ep"])
     check_tensor(plan, tp, config.data.seq_len // cp)
@@ -291,8 +293,6 @@ def check_layout(config: RunConfig, processes: int | None) -> tuple[int, dict[st
             f"train.global_batch = {config.train.global_batch} is not a multiple of train.micro_batch x dp_replicate x "
             f"dp_shard = {at_once}; change one of them"
         )
-    if compares_samples(config):
-        check_across(found, config.train.global_batch, config.train.micro_batch)
     return processes, found
 
 
