@@ -36,7 +36,13 @@ def export(args: argparse.Namespace) -> None:
     Writing and comparing tensors take the memory of two tensors, comparing logits that of the whole model in fp32.
     """
     run_dir, checkpoint = find_checkpoint(Path(args.run), args.step)
-    config = load_run_config(run_dir).model
+    run_config = load_run_config(run_dir)
+    config = run_config.model
+    if getattr(run_config.objective, "image_attention", "causal") == "both":
+        raise ValueError(
+            f'{run_dir}: objective.image_attention = "both", but transformers lets image tokens see only those before '
+            'them, so its outputs would be others; train with "causal" to export'
+        )
     shapes, _ = native_tensors(config)
     if not args.no_verify_logits:
         check_memory(shapes)
@@ -85,8 +91,8 @@ def import_(args: argparse.Namespace) -> None:
     brands = {name: brand for family in FAMILIES.values() for name, brand in family.hf.items()}
     with new_folder(run_dir) as temp:
         model = convert.look_at(folder, brands)
-        seq_len = min(512, model.config["max_seq_len"])
-        data = {"seq_len": seq_len, "patches": model.brand.patches(model.config)}
+        patches = model.brand.patches(model.config)  # of one picture, which must fit a row
+        data = {"seq_len": min(max(512, 2 * patches), model.config["max_seq_len"]), "patches": patches}
         tree = {"run": {"dir": str(run_dir)}, "model": model.config, "data": data}
         if model.brand.objective:
             tree["objective"] = dict(model.brand.objective)

@@ -81,6 +81,14 @@ def test_what_a_model_says_is_compared_with_what_stands_there(digits, tmp_path, 
     assert json.loads((digits / CLASSES).read_text())[7] == "seven"
 
 
+def test_what_transformers_cannot_compute_is_not_exported(digits, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(resolve("digits-vlm-free", words(digits, run, "train.steps=2"))[0], ALONE)
+    assert main(["checkpoint", "export", str(run), str(tmp_path / "out")]) == 2
+    assert 'objective.image_attention = "both", but transformers lets image tokens see' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_page_shows_the_wrong_ones_first_and_escapes_what_was_said(tmp_path):
     picture = np.zeros((4, 4, 3), np.uint8)
     write_page([Said(picture, "a", "a"), Said(picture, "b", "<script>")], "T & T", tmp_path / "page.html")

@@ -22,10 +22,10 @@ def _tower_to_hf(native: Config) -> Config:
     if vision is None:
         raise misfit("model.vision", None, ["a table"])
     tower = {key: value for key, value in vision.items() if key != "output_layer"}
-    inner = inner_to_hf(TOWERS, tower | {"patch": native["patches"]["size"]})
-    if vision["output_layer"] == -1:
+    inner = inner_to_hf(TOWERS, tower | {"patch": native["patches"]["size"], "final_norm": True})
+    if vision["output_layer"] == -1 and vision["final_norm"]:
         if vision["class_token"]:
-            raise misfit("model.vision.output_layer", -1, ["-2 and below: CLIP norms its class token alone"])
+            raise misfit("model.vision.final_norm", True, ["False: CLIP norms its class token alone"])
         inner["tie_last_hidden_states"] = True  # transformers' word for the last block's output after the final norm
     side = vision["grid"][0]
     return {
@@ -57,9 +57,9 @@ def _tower_to_native(hf: Config) -> Config:
         raise misfit("vision_feature_layer", layer, ["one number"])
     layer = layer if layer < 0 else layer - tower["layers"] - 1
     if not -tower["layers"] <= layer < 0:
-        raise misfit("vision_feature_layer", hf["vision_feature_layer"], [f"{-tower['layers']} to -2"])
-    if layer == -1 and (tower["class_token"] or not hf["vision_config"].get("tie_last_hidden_states")):
-        raise misfit("vision_feature_layer", -1, ["-2 and below: -1 is taken before the final norm"])
+        raise misfit("vision_feature_layer", hf["vision_feature_layer"], [f"{-tower['layers']} to -1"])
+    tied = not tower["class_token"] and hf["vision_config"].get("tie_last_hidden_states", False)
+    tower["final_norm"] = layer < -1 or tied
     expected = "default" if tower["class_token"] else "full"
     if strategy != expected:
         raise misfit("vision_feature_select_strategy", strategy, [expected])

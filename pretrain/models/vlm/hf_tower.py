@@ -70,7 +70,7 @@ TOWER_CONFIG: tuple[ConfigRow, ...] = (
         norm_eps="layer_norm_eps",
     ),
     ACTIVATION,
-    *fixed(norm="layer", bias=True, positions="learned"),
+    *fixed(norm="layer", bias=True, positions="learned", final_norm=True),
     Mapped(("grid", "patch"), ("image_size", "patch_size"), _grid_to_hf, _grid_to_native),
     OnlyHf("num_channels", 3),
 )

@@ -64,6 +64,7 @@ class VisionConfig(BaseModel):
     output_layer: int = Field(
         -1, lt=0, description="Whose output is taken: -1 of the last block, after the final norm; -2 of the one before"
     )
+    final_norm: bool = Field(True, description="Whether the last block's output is normed, where it is taken")
 
     @model_validator(mode="after")
     def _consistent(self) -> "VisionConfig":
@@ -91,6 +92,11 @@ class VisionConfig(BaseModel):
     def used(self) -> int:
         """Blocks that run; what is past them is kept for conversion alone."""
         return self.layers + 1 + self.output_layer
+
+    @property
+    def normed(self) -> bool:
+        """Whether the final norm has a part in the output; without, it is kept for conversion alone."""
+        return self.output_layer == -1 and self.final_norm
 
     @property
     def blocks(self) -> DecoderConfig:
@@ -138,7 +144,7 @@ class VisionTower(nn.Module):
         self.norm = make_norm(cfg.norm, cfg.hidden, cfg.norm_eps)
         for index in range(cfg.used, cfg.layers):
             self.layers[str(index)].requires_grad_(False)
-        if cfg.output_layer < -1:
+        if not cfg.normed:
             self.norm.requires_grad_(False)
 
     def forward(self, patches: Tensor, grid: Tensor, mask: AttentionMask) -> Tensor:
@@ -154,7 +160,7 @@ class VisionTower(nn.Module):
         rotation = rotation_2d(grid, cfg.hidden // cfg.heads) if cfg.positions == "rope" else None
         for block in list(cast(Iterable[Any], self.layers.values()))[: cfg.used]:
             x = block(x, mask, rotation)
-        return self.norm(x) if cfg.output_layer == -1 else x
+        return self.norm(x) if cfg.normed else x
 
     def _place(self, grid: Tensor) -> Tensor:
         """Which learned position [B, P]: the class token's comes first, if there is one."""

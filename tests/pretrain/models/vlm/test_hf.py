@@ -41,6 +41,10 @@ CASES: dict[str, dict[str, Any]] = {
     "siglip-qwen2": LLAVA
     | {"vision_config": SIGLIP, "text_config": QWEN2 | {"tie_word_embeddings": True}, "vision_feature_layer": -2}
     | {"vision_feature_select_strategy": "full"},
+    "siglip-last": LLAVA
+    | {"vision_config": SIGLIP, "text_config": QWEN2, "vision_feature_layer": -1}
+    | {"vision_feature_select_strategy": "full"},
+    "clip-last": LLAVA | {"vision_config": CLIP, "text_config": LLAMA, "vision_feature_layer": -1},
     "siglip-normed": LLAVA
     | {"vision_config": SIGLIP | {"tie_last_hidden_states": True}, "text_config": LLAMA, "vision_feature_layer": -1}
     | {"vision_feature_select_strategy": "full"},
@@ -118,9 +122,8 @@ def test_pixels_past_the_last_whole_patch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vision_feature_layer": -1}, "vision_feature_layer = -1 (allowed: '-2 and below: -1 is taken before"),
         ({"vision_feature_layer": [-2, -3]}, "vision_feature_layer = [-2, -3] (allowed: 'one number')"),
-        ({"vision_feature_layer": 0}, "vision_feature_layer = 0 (allowed: '-4 to -2')"),
+        ({"vision_feature_layer": 0}, "vision_feature_layer = 0 (allowed: '-4 to -1')"),
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy = 'full' (allowed: 'default')"),
         ({"projector_hidden_act": "mish"}, "projector_hidden_act = 'mish'"),
         ({"vision_config": CLIP | {"num_channels": 1}}, "vision_config.num_channels = 1 (allowed: 3)"),
@@ -157,7 +160,7 @@ def test_pictures_of_unknown_mean_are_refused(tmp_path: Path) -> None:
         ({"connector": {"merge": 2}}, "model.connector.merge = 2"),
         ({"vision": {"grid": [2, 3]}}, "model.vision.grid = [2, 3] (allowed: [2, 2], [3, 3])"),
         ({"vision": {"positions": "rope"}}, "model.positions = 'rope'"),
-        ({"vision": {"class_token": True, "first_norm": True, "patch_bias": False}}, "output_layer = -1"),
+        ({"vision": {"class_token": True, "first_norm": True, "patch_bias": False}}, "final_norm = True"),
         ({"norm": "layer"}, "llama cannot express model.norm = 'layer'"),
     ],
 )
