@@ -124,6 +124,7 @@ def _small_pictures(model: Any, processes: int) -> dict[str, Any]:
             "queries": min(connector.queries, 4),
             "heads": math.gcd(connector.heads, processes),
         }
+        found["image_token"] = 1  # within the small vocabulary
         found["connector"] = connector.model_copy(update=dims)
     if model.vision is None:
         return found

@@ -44,7 +44,7 @@ def test_a_plan_that_does_not_fit_its_model_is_refused(tensor, message):
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_the_plan_of_every_recipe_fits_its_model(recipe):
-    config = resolve(recipe, ["model.vocab_size=64"])[0].model
+    config = resolve(recipe)[0].model.model_copy(update={"vocab_size": 64})
     family = FAMILIES[config.family]
     with torch.device("meta"):
         model = family.build(config)
