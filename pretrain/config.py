@@ -64,6 +64,7 @@ class PicturesConfig(Section):
     size: int = Field(0, ge=0, description="Pixels of a side, for crop and squash; 0: what the tower's grid has")
     max_patches: int = Field(0, ge=0, description="Patches of a picture, for native; 0: what the tower's grid has")
     placeholder: str = Field("<image>", min_length=1, description="Text that stands for the next picture")
+    newline: int = Field(-1, ge=-1, description="Token after each row of a picture (Fuyu); -1: none")
     image_first: bool = Field(True, description="The picture of a caption without placeholder comes before it")
     broken: Literal["skip", "fatal"] = Field("skip", description="Samples that cannot be used: counted, or the end")
     workers: int = Field(0, ge=0, description="Threads that decode, beside the one that reads ahead")
@@ -163,7 +164,7 @@ class RunConfig(Section):
         if self.engine not in ENGINES:
             raise ValueError(f"engine = {self.engine!r} is unknown: one of {', '.join(ENGINES)}")
         self.model.check_length(self.data.seq_len)
-        self.model.check_patches(self.data.patches)
+        self.model.check_patches(self.data.patches, self.parallel.tp)
         if self.train.global_batch % self.train.micro_batch:
             raise ValueError(
                 f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "

@@ -55,6 +55,21 @@ def make_stream(
     return ImageTextStream(dataset, picture_form(config), patches=config.data.patches, **options)
 
 
+def describe_packing(config: RunConfig, datasets: list[Dataset], ranks: int) -> list[str]:
+    """For the log: how even the first steps' rows of pictures are over data ranks, and how full. Nothing is decoded."""
+    lines = []
+    for dataset in datasets:
+        stream = make_stream(config, dataset)
+        if isinstance(stream, ImageTextStream):
+            cost = stream.cost(0, 20, config.train.global_batch, ranks)
+            lines.append(
+                f"{dataset.paths[0].parent}: {stream.num_samples:,} rows an epoch, {stream.num_cut} documents cut; "
+                f"costliest rank / mean {cost.max_over_mean:.3f}, padding {cost.token_padding:.0%} of tokens and "
+                f"{cost.patch_padding:.0%} of patches"
+            )
+    return lines
+
+
 def picture_form(config: RunConfig) -> PictureForm:
     """What becomes of a picture: as the model's tower and connector want it."""
     model, pictures = config.model, config.data.pictures
@@ -77,6 +92,7 @@ def picture_form(config: RunConfig) -> PictureForm:
         merge=connector.merge if connector is not None else 1,
         class_slot=vision is not None and vision.class_token,
         queries=connector.queries if connector is not None else 0,
+        newline_token=None if pictures.newline < 0 else pictures.newline,
     )
 
 

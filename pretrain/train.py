@@ -26,6 +26,7 @@ from pretrain.compile import decide_compile
 from pretrain.config import RunConfig, flat_config, load_run_config, write_config
 from pretrain.data import (
     check_tokenizer,
+    describe_packing,
     keep_tokenizer,
     open_datasets,
     open_held_out,
@@ -119,6 +120,8 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
         cursor=position.cursor,
         prefetch=config.data.prefetch,
     )
+    for line in describe_packing(config, datasets, engine.data_world) if world.rank == 0 else ():
+        print(line, flush=True)
     ranks.on_first(lambda: record_run(config, datasets, world, position.step, changes))
     metrics = start_metrics(config, world, position) if world.rank == 0 else None
     try:

@@ -24,8 +24,10 @@ class ModelConfig(BaseModel):
                 "lower the first or raise the second"
             )
 
-    def check_patches(self, patches: int) -> None:
-        """Raises ValueError where samples with this many image patches cannot be trained on."""
+    def check_patches(self, patches: int, tp: int) -> None:
+        """Raises ValueError where samples with this many image patches cannot be trained on, or not be cut into `tp`
+        parts.
+        """
         if patches:
             raise ValueError(
                 f'data.patches = {patches}, but model.family = "{getattr(self, "family", "")}" sees no pictures; '

@@ -57,9 +57,14 @@ class DualConfig(DecoderConfig):
             )
         return self
 
-    def check_patches(self, patches: int) -> None:
+    def check_patches(self, patches: int, tp: int) -> None:
         if patches < 1:
             raise ValueError(f"data.patches = {patches}: a dual encoder needs the patches of one image a sample")
+        if patches % tp:
+            raise ValueError(
+                f"parallel.tp = {tp} does not divide the {patches} patches of an image (data.patches); set it to 1, or "
+                "choose another model.vision.grid"
+            )
 
     @property
     def causal(self) -> bool:

@@ -59,12 +59,13 @@ class VLMConfig(DecoderConfig):
             )
         return self
 
-    def check_patches(self, patches: int) -> None:
+    def check_patches(self, patches: int, tp: int) -> None:
         """Also where the patches of a row cannot be merged into whole tokens."""
-        merged = self.connector.merge**2
-        if patches < 1 or patches % merged:
+        unit = self.connector.merge**2 * tp
+        if patches < 1 or patches % unit:
             raise ValueError(
-                f"data.patches = {patches}: must be a positive multiple of model.connector.merge ** 2 = {merged}"
+                f"data.patches = {patches}: must be a positive multiple of model.connector.merge ** 2 x parallel.tp = "
+                f"{unit}"
             )
         if self.image_token >= self.vocab_size > 0:
             raise ValueError(

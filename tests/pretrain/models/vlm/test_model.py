@@ -187,6 +187,7 @@ def test_what_is_frozen_has_no_gradient_and_no_state_and_stays():
     ("words", "message"),
     [
         (["data.patches=30", "model.connector.merge=2"], "data.patches = 30: must be a positive multiple of .* = 4"),
+        (["data.patches=30", "parallel.tp=4"], "data.patches = 30: must be a positive multiple of .* parallel.tp = 4"),
         (["data.patches=0"], "data.patches = 0: must be a positive"),
         (["model.image_token=40"], "model.image_token = 40 is not below model.vocab_size = 40"),
         (["model.vision.class_token=true", "model.connector.merge=2"], "class_token is set: it has no place"),
