@@ -165,6 +165,11 @@ class RunConfig(Section):
             raise ValueError(f"engine = {self.engine!r} is unknown: one of {', '.join(ENGINES)}")
         self.model.check_length(self.data.seq_len)
         self.model.check_patches(self.data.patches, self.parallel.tp)
+        both = getattr(self.objective, "image_attention", "causal") == "both" and self.data.patches
+        if both and self.parallel.cp > 1 and self.parallel.cp_method == "ring":
+            raise ValueError(
+                'parallel.cp_method = "ring" cannot do objective.image_attention = "both"; set it to "ulysses"'
+            )
         if self.train.global_batch % self.train.micro_batch:
             raise ValueError(
                 f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "

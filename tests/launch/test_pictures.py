@@ -102,13 +102,17 @@ def test_a_page_shows_the_wrong_ones_first_and_escapes_what_was_said(tmp_path):
     [
         ("tokenizer.path=", "tokenizer.path is not set; name the text's tokenizer"),
         ("data.pictures.size=12", r"model.vision.grid = \[4, 4\] knows 4 x 4 places of 2 pixels"),
+        (
+            'objective.image_attention="both" parallel.cp=2 parallel.cp_method="ring"',
+            "cannot do objective.image_attention",
+        ),
         ("data.pictures.size=5", "size 5: must be a multiple of patch 2"),
         ("data.pictures.broken=ignore", "data.pictures.broken"),
     ],
 )
 def test_a_mistake_in_what_becomes_of_pictures(digits, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        train(resolve("digits-vlm", words(digits, tmp_path / "run", *TOWER, change))[0], ALONE)
+        train(resolve("digits-vlm", words(digits, tmp_path / "run", *TOWER, *change.split()))[0], ALONE)
 
 
 def test_pictures_for_a_model_that_sees_none(digits, tmp_path):
