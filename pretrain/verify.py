@@ -330,7 +330,11 @@ def to_text(config: RunConfig) -> str:
 
 
 def from_text(text: str) -> RunConfig:
-    return validate(json.loads(text), "verify-layout")
+    try:
+        return validate(json.loads(text), "verify-layout")
+    except ValueError as error:
+        error.on_all_ranks = True  # type: ignore[attr-defined]  # each rank reads the same text
+        raise
 
 
 def _distances(fields: dict[str, list[float]]) -> dict[str, Distance]:
