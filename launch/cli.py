@@ -194,12 +194,15 @@ def _add_results(commands: Any) -> None:
     zero_shot.add_argument(
         "--template", action="append", required=True, help="caption of a class, {} for its name; may be repeated"
     )
-    for looking in (caption, zero_shot):
+    summary = "how often a dual encoder finds held-out pictures by their captions, and the other way round"
+    retrieve = _leaf(commands, "retrieve", "pictures:retrieval", summary)
+    for looking in (caption, zero_shot, retrieve):
         looking.add_argument("run", help="the run's folder")
         looking.add_argument("--shards", help="held-out shards (default: the run's eval.shards)")
         looking.add_argument("--limit", type=int, default=1000, help="pictures at most (default: %(default)s)")
         looking.add_argument("--step", type=int, help="checkpoint to use (default: the newest whole one)")
-        looking.add_argument("--out", help="HTML page with each picture, to write")
+    for showing in (caption, zero_shot):
+        showing.add_argument("--out", help="HTML page with each picture, to write")
     report = _leaf(commands, "report", "results:report", "one HTML page of curves and config, several runs overlaid")
     report.add_argument("runs", nargs="+", metavar="run", help="folders of runs")
     report.add_argument("--out", help="file to write (default: report.html in the first run's folder)")

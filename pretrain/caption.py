@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +22,7 @@ from pretrain.load import Trained
 from pretrain.models.layers.attention import AttentionMask
 from pretrain.models.layers.cache import KVCache
 from pretrain.models.vlm.model import Pictures
-from pretrain.zero_shot import class_vectors, classify
+from pretrain.zero_shot import class_vectors, classify, retrieval
 
 AT_ONCE = 64  # pictures
 
@@ -58,25 +59,44 @@ def caption(trained: Trained, stream: PairStream, limit: int, max_new_tokens: in
 def name(trained: Trained, stream: PairStream, limit: int, classes: dict[str, list[str]]) -> Iterator[Said]:
     """Which class's prompts each of the stream's first `limit` pictures is nearest to: the first prompt of it."""
     tokenizer = stream.dataset.tokenizer
-
-    @torch.inference_mode()
-    def encode(texts: list[str]) -> Tensor:
-        tokens = np.full((len(texts), stream.seq_len), tokenizer.eos_id, np.int32)
-        lengths = []
-        for row, ids in zip(tokens, tokenizer.encode_batch(texts), strict=True):
-            ids = ids[: stream.seq_len - 1]
-            row[: len(ids)] = ids
-            lengths.append(len(ids) + 1)
-        features: Tensor = trained.model.encode_texts(torch.from_numpy(tokens), torch.tensor(lengths))
-        return features
-
-    vectors, prompts = class_vectors(encode, classes), [some[0] for some in classes.values()]
+    vectors = class_vectors(partial(encode_texts, trained, stream), classes)
+    prompts = [some[0] for some in classes.values()]
     for samples in _batches(stream, limit):
         rows = np.arange(len(samples.tokens))
         with torch.inference_mode():
             images = trained.model.encode_images(_pictures(samples, rows))
         for row, best in enumerate(classify(images, vectors)[:, 0].tolist()):
             yield Said(_pixels(samples, row, stream.form), _expected(samples, row, tokenizer), prompts[best])
+
+
+def retrieve(trained: Trained, stream: PairStream, limit: int) -> dict[str, float]:
+    """Recall both ways among the stream's first `limit` pictures and their captions: "text_to_image_r1", ... Equal
+    captions are one, which all their pictures belong to.
+    """
+    features, texts = [], []
+    for samples in _batches(stream, limit):
+        rows = np.arange(len(samples.tokens))
+        with torch.inference_mode():
+            features.append(trained.model.encode_images(_pictures(samples, rows)))
+        texts += [_expected(samples, row, stream.dataset.tokenizer) for row in rows.tolist()]
+    known = list(dict.fromkeys(texts))
+    images, captions = torch.cat(features), encode_texts(trained, stream, known)
+    of_image, of_caption = torch.tensor([known.index(text) for text in texts]), torch.arange(len(known))
+    return retrieval(images, captions, of_image, of_caption)
+
+
+@torch.inference_mode()
+def encode_texts(trained: Trained, stream: PairStream, texts: list[str]) -> Tensor:
+    """Features [n, d] of texts, tokenised and cut as the stream's captions are."""
+    tokenizer = stream.dataset.tokenizer
+    tokens = np.full((len(texts), stream.seq_len), tokenizer.eos_id, np.int32)
+    lengths = []
+    for row, ids in zip(tokens, tokenizer.encode_batch(texts), strict=True):
+        ids = ids[: stream.seq_len - 1]
+        row[: len(ids)] = ids
+        lengths.append(len(ids) + 1)
+    features: Tensor = trained.model.encode_texts(torch.from_numpy(tokens), torch.tensor(lengths))
+    return features
 
 
 def write_page(said: Sequence[Said], title: str, path: Path) -> None:

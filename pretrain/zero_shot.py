@@ -78,11 +78,18 @@ def recall(
     return {k: (rank < k).double().mean().item() for k in ks}
 
 
-def retrieval(images: Tensor, texts: Tensor, owner: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Both ways: "text_to_image_r1": ..., "image_to_text_r1": ... for each k. owner [texts]: the image of each text."""
-    own = torch.arange(len(images), device=owner.device)
-    ways = {"text_to_image": (texts, images, owner, own), "image_to_text": (images, texts, own, owner)}
-    return {f"{way}_r{k}": share for way, args in ways.items() for k, share in recall(*args, ks).items()}
+def retrieval(
+    images: Tensor, texts: Tensor, of_image: Tensor, of_text: Tensor, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Both ways: "text_to_image_r1": ..., "image_to_text_r1": ... for each k that there are so many of. Numbers tell who
+    belongs together, as in `recall`.
+    """
+    ways = {"text_to_image": (texts, images, of_text, of_image), "image_to_text": (images, texts, of_image, of_text)}
+    return {
+        f"{way}_r{k}": share
+        for way, args in ways.items()
+        for k, share in recall(*args, [k for k in ks if k <= len(args[1])]).items()
+    }
 
 
 def _similarities(rows: Tensor, columns: Tensor) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""pretrain caption, zero-shot, data digits, data pictures"""
+"""pretrain caption, zero-shot, retrieve, data digits, data pictures"""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from data_pipeline.images.dataset import ImageTextDataset
 from data_pipeline.images.pairs import PairStream
 from data_pipeline.images.write import CLASSES, write_image_folder
 from data_pipeline.sources.digits import write_digits
-from pretrain.caption import Said, caption, name, write_page
+from pretrain.caption import Said, caption, name, retrieve, write_page
 from pretrain.data import open_held_out, picture_form
 from pretrain.load import Trained, load_trained
 from pretrain.zero_shot import prompts
@@ -31,6 +31,13 @@ def zero_shot(args: argparse.Namespace) -> None:
         raise ValueError(f"{classes}: must be a JSON list of class names")
     said = name(trained, stream, args.limit, prompts(names, args.template))
     _show(said, args, f"{args.run} at step {trained.step}: nearest of {len(names)} classes")
+
+
+def retrieval(args: argparse.Namespace) -> None:
+    """How often a dual encoder finds held-out pictures by their captions, and captions by their pictures."""
+    trained, stream = _open(args, "dual")
+    found = retrieve(trained, stream, args.limit)
+    print("  ".join([f"step {trained.step}", *(f"{name} {share:.4f}" for name, share in found.items())]))
 
 
 def digits(args: argparse.Namespace) -> None:

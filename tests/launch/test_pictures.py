@@ -74,8 +74,9 @@ def test_what_a_model_says_is_compared_with_what_stands_there(digits, tmp_path, 
     said = capsys.readouterr().out
     assert "of 20 right" in said and "for 'a handwritten " in said
     assert page.read_text().count("<figure") == 20 == page.read_text().count("data:image/png")
-    assert main(["zero-shot", str(tmp_path / "run"), "--template", "a handwritten {}"]) == 2
-    assert 'is of model.family = "vlm", not "dual"' in capsys.readouterr().err
+    for other in (["zero-shot", "--template", "a handwritten {}"], ["retrieve"]):
+        assert main([*other, str(tmp_path / "run")]) == 2
+        assert 'is of model.family = "vlm", not "dual"' in capsys.readouterr().err
     assert main(["caption", str(tmp_path / "run"), "--shards", f"{digits}/text/train-*.tar"]) == 2
     assert "hold text alone" in capsys.readouterr().err
     assert json.loads((digits / CLASSES).read_text())[7] == "seven"

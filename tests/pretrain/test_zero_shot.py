@@ -43,13 +43,16 @@ def test_recall_both_ways_with_several_texts_of_an_image(monkeypatch):
     images, texts = features(10, 2), features(30, 3)
     owner = torch.arange(30) // 3
     similar = images @ texts.T
-    found = retrieval(images, texts, owner, ks=(1, 4))
+    found = retrieval(images, texts, torch.arange(len(images)), owner, ks=(1, 4))
     for k in (1, 4):
         to_text = [bool((owner[row.argsort(descending=True)[:k]] == i).any()) for i, row in enumerate(similar)]
         to_image = [owner[i] in column.argsort(descending=True)[:k] for i, column in enumerate(similar.T)]
         assert found[f"image_to_text_r{k}"] == pytest.approx(sum(to_text) / 10)
         assert found[f"text_to_image_r{k}"] == pytest.approx(sum(to_image) / 30)
-    assert retrieval(images, images, torch.arange(10), ks=(1,)) == {"text_to_image_r1": 1.0, "image_to_text_r1": 1.0}
+    assert retrieval(images, images, torch.arange(10), torch.arange(10), ks=(1,)) == {
+        "text_to_image_r1": 1.0,
+        "image_to_text_r1": 1.0,
+    }
 
 
 @pytest.mark.parametrize(
