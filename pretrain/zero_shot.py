@@ -81,8 +81,8 @@ def recall(
 def retrieval(
     images: Tensor, texts: Tensor, of_image: Tensor, of_text: Tensor, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Both ways: "text_to_image_r1": ..., "image_to_text_r1": ... for each k that there are so many of. Numbers tell who
-    belongs together, as in `recall`.
+    """Both ways: "text_to_image_r1": ..., "image_to_text_r1": ... for each k that there are so many of. Numbers tell
+    who belongs together, as in `recall`.
     """
     ways = {"text_to_image": (texts, images, of_text, of_image), "image_to_text": (images, texts, of_image, of_text)}
     return {
