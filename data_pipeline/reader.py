@@ -94,6 +94,10 @@ class TokenDataset:
             raise IndexError(f"document {index} of {self.num_documents}")
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
+    def shards_of(self, documents: np.ndarray) -> np.ndarray:
+        """Positions in ``paths`` of the shards that hold documents [k]."""
+        return np.searchsorted(self._first, documents, side="right") - 1
+
     def key(self, index: int) -> str:
         """The document's WebDataset key."""
         shard = self.shard_of(index)
@@ -108,7 +112,7 @@ class TokenDataset:
         if len(self.paths) == 1:
             shards = np.zeros(len(documents), np.int64)
         else:
-            shards = np.searchsorted(self._first, documents, side="right") - 1
+            shards = self.shards_of(documents)
         maps = {shard: self._map(shard) for shard in set(shards.tolist())}
         begins = self._starts[documents] + begins
         rows = zip(shards.tolist(), begins.tolist(), (begins + lengths).tolist(), strict=True)
