@@ -8,6 +8,7 @@ Finding a sample is a few hashes and one binary search in the epoch's cumulative
 nothing is remembered.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -41,6 +42,14 @@ class ImageSamples(NamedTuple):
     grid: np.ndarray  # [B, P, 2] int32; row and column in the picture, (-1, -1) for a class token's place
 
 
+class Entries(NamedTuple):
+    """Which documents lie in some samples: one entry a document and sample, in the order that they have there."""
+
+    rows: np.ndarray  # int64 [n], of the samples asked for
+    documents: np.ndarray  # int64 [n], numbers in the dataset
+    offsets: np.ndarray  # int64 [n], the document's first token that is there
+
+
 class SampleStream(Protocol):
     """What the loader needs; a mixture of streams is one as well."""
 
@@ -49,6 +58,18 @@ class SampleStream(Protocol):
 
     def read(self, start: int, count: int) -> Samples | ImageSamples: ...
 
+    def documents(self, start: int, count: int) -> Entries: ...
+
+
+class Pieces(NamedTuple):
+    """Parts of documents in samples of S + 1 tokens, [n] each, by ascending row and column."""
+
+    rows: np.ndarray
+    columns: np.ndarray  # where the part begins in its row
+    documents: np.ndarray
+    offsets: np.ndarray  # of the part in its document
+    lengths: np.ndarray  # tokens
+
 
 class TokenStream:
     """The packed samples of a dataset; sample ``i`` depends on (seed, i) and the dataset alone.
@@ -56,32 +77,53 @@ class TokenStream:
     Args:
         seq_len: S, tokens of a sample.
         shuffle: permute documents and samples anew each epoch; else their order is the dataset's.
+        together: shards whose documents are shuffled among themselves, in an order of shards that is shuffled too; what
+            is read at one time then lies in few shards. 0: all.
+        skipped: numbers of documents that are left out: they stay where they are, and nothing in them is a target.
 
     Attributes:
         num_samples: n, samples of one epoch. Each token is a target once, or twice in the last sample's overhang.
     """
 
-    def __init__(self, dataset: TokenDataset, *, seq_len: int, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        seq_len: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        together: int = 0,
+        skipped: Sequence[int] = (),
+    ) -> None:
         if seq_len < 1:
             raise ValueError(f"seq_len {seq_len}: must be at least 1")
         self.dataset, self.seq_len, self.seed, self.shuffle = dataset, seq_len, seed, shuffle
         self.num_samples = max(1, -(-(dataset.num_tokens - 1) // seq_len))
+        num_shards = len(dataset.paths)
+        self._together = together if 0 < together < num_shards else num_shards
+        # Samples that are shuffled among themselves: as many as those shards have.
+        self._window = max(1, self.num_samples * self._together // num_shards)
+        self._skipped = np.array(sorted(skipped), np.int64)
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._pieces: dict[tuple[int, int], np.ndarray] = {}
 
     def read(self, start: int, count: int) -> Samples:
         """Samples ``start`` to ``start + count - 1`` of the stream."""
-        if start < 0 or count < 1:
-            raise ValueError(f"samples {start} to {start + count - 1}: start must be 0 or more, count 1 or more")
+        pieces = self._pieces_of(start, count)
         seq_len, size = self.seq_len, count * self.seq_len
         # One block for all: several large ones are returned to the system and faulted in again, at 5 times the cost.
         block = np.empty(4 * size + count, np.int32)
         tokens = block[: size + count].reshape(count, seq_len + 1)
         targets, positions, documents = block[size + count :].reshape(3, size)
-        rows, columns = self._fill(start, tokens)
+        self.dataset.gather(pieces.documents, pieces.offsets, pieces.lengths, tokens.reshape(-1))
+        rows, columns = pieces.rows, pieces.columns
         targets.reshape(count, seq_len)[:] = tokens[:, 1:]
         later = columns > 0
         targets[rows[later] * seq_len + columns[later] - 1] = IGNORED
+        if len(self._skipped):
+            for place in np.flatnonzero(np.isin(pieces.documents, self._skipped)).tolist():
+                begin, length = int(columns[place]), int(pieces.lengths[place])
+                targets.reshape(count, seq_len)[rows[place], begin : begin + length] = IGNORED
 
         inside = columns < seq_len
         rows, columns = rows[inside], columns[inside]
@@ -93,29 +135,35 @@ class TokenStream:
         shape = (count, seq_len)
         return Samples(tokens, targets.reshape(shape), positions.reshape(shape), documents.reshape(shape))
 
-    def _fill(self, start: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Write the samples from ``start`` on into ``tokens`` [B, S + 1]; returns where their pieces of documents
-        begin, as rows and columns in ascending order; each row begins with one.
-        """
-        done, width, found = 0, tokens.shape[1], []
-        while done < len(tokens):
+    def documents(self, start: int, count: int) -> Entries:
+        """Which documents lie in samples ``start`` to ``start + count - 1``; nothing is read."""
+        pieces = self._pieces_of(start, count)
+        inside = pieces.columns < self.seq_len  # else it is only the last target of its row, which is ignored
+        return Entries(pieces.rows[inside], pieces.documents[inside], pieces.offsets[inside])
+
+    def _pieces_of(self, start: int, count: int) -> Pieces:
+        """What the samples from ``start`` on are made of; each row begins with a piece."""
+        if start < 0 or count < 1:
+            raise ValueError(f"samples {start} to {start + count - 1}: start must be 0 or more, count 1 or more")
+        done, width, found = 0, self.seq_len + 1, []
+        while done < count:
             epoch, first = divmod(start + done, self.num_samples)
-            count = min(len(tokens) - done, self.num_samples - first)
+            some = min(count - done, self.num_samples - first)
             order, ends = self._epoch(epoch)
-            offsets = self._shuffled(epoch, first, count) * self.seq_len
+            offsets = self._shuffled(epoch, first, some) * self.seq_len
             low = np.searchsorted(ends, offsets, side="right")
             spans = np.searchsorted(ends, offsets + (width - 1), side="right") - low + 1
-            rows = np.repeat(np.arange(count), spans)
+            rows = np.repeat(np.arange(some), spans)
             places = np.arange(len(rows)) + (low - np.cumsum(spans) + spans)[rows]
             documents = order[places]
             begins = ends[places] - self.dataset.lengths[documents]
             inner = np.maximum(begins, offsets[rows])
             lengths = np.minimum(ends[places], offsets[rows] + width) - inner
-            self.dataset.gather(documents, inner - begins, lengths, tokens[done : done + count].reshape(-1))
             held = lengths > 0
-            found.append((rows[held] + done, (inner - offsets[rows])[held]))
-            done += count
-        return np.concatenate([rows for rows, _ in found]), np.concatenate([columns for _, columns in found])
+            pieces = Pieces(rows + done, inner - offsets[rows], documents, inner - begins, lengths)
+            found.append(pieces if held.all() else Pieces(*(column[held] for column in pieces)))
+            done += some
+        return found[0] if len(found) == 1 else Pieces(*map(np.concatenate, zip(*found, strict=True)))
 
     def _shuffled(self, epoch: int, first: int, count: int) -> np.ndarray:
         """Pieces of the epoch that its samples ``first`` to ``first + count - 1`` are."""
@@ -123,18 +171,24 @@ class TokenStream:
             return np.arange(first, first + count)
         wanted = range(first // PIECES_AT_ONCE, (first + count - 1) // PIECES_AT_ONCE + 1)
         self._pieces = {
-            (epoch, part): self._pieces[epoch, part]
-            if (epoch, part) in self._pieces
-            else permuted(
-                np.arange(part * PIECES_AT_ONCE, min((part + 1) * PIECES_AT_ONCE, self.num_samples)),
-                self.num_samples,
-                self.seed,
-                epoch,
-            )
+            (epoch, part): self._pieces[epoch, part] if (epoch, part) in self._pieces else self._part(epoch, part)
             for part in wanted
         }
         pieces = np.concatenate([self._pieces[epoch, part] for part in wanted])
         return pieces[first - wanted.start * PIECES_AT_ONCE :][:count]
+
+    def _part(self, epoch: int, part: int) -> np.ndarray:
+        """Pieces that so many samples of the epoch are; each is permuted inside its window."""
+        end = min((part + 1) * PIECES_AT_ONCE, self.num_samples)
+        pieces = np.arange(part * PIECES_AT_ONCE, end)
+        num_windows = -(-self.num_samples // self._window)
+        for window in range(int(pieces[0]) // self._window, (end - 1) // self._window + 1):
+            begin = window * self._window
+            own = (pieces >= begin) & (pieces < begin + self._window)
+            size = min(self._window, self.num_samples - begin)
+            # Where a window is the whole epoch, this is (seed, epoch).
+            pieces[own] = begin + permuted(pieces[own] - begin, size, self.seed, epoch * num_windows + window)
+        return pieces
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's documents in order, and where each ends in its tokens: a cache, not a state.
@@ -144,7 +198,7 @@ class TokenStream:
         cached = self._epochs.get(epoch)
         if cached is None:
             count = self.dataset.num_documents
-            order = permutation(count, self.seed, epoch) if self.shuffle else np.arange(count)
+            order = self._order(epoch, count)
             ends = np.cumsum(self.dataset.lengths[order])
             whole, rest = divmod(self.num_samples * self.seq_len + 1 - self.dataset.num_tokens, self.dataset.num_tokens)
             order = np.resize(order, (whole + 1) * count + int(np.searchsorted(ends, rest)) + 1)
@@ -152,6 +206,18 @@ class TokenStream:
             kept = {key: value for key, value in self._epochs.items() if key == epoch - 1}
             self._epochs = {**kept, epoch: cached}
         return cached
+
+
+    def _order(self, epoch: int, count: int) -> np.ndarray:
+        """The epoch's documents, each once."""
+        if not self.shuffle:
+            return np.arange(count)
+        order, shards = permutation(count, self.seed, epoch), len(self.dataset.paths)
+        if self._together == shards:
+            return order
+        groups = np.empty(shards, np.int64)
+        groups[permutation(shards, self.seed, epoch)] = np.arange(shards) // self._together
+        return order[np.argsort(groups[self.dataset.shards_of(order)], kind="stable")]
 
 
 def permuted(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Pairs for dual encoders: a row is one picture and its caption, a pure function of (seed, global row index)."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,7 +10,7 @@ from data_pipeline.images.decode import PictureError
 from data_pipeline.images.form import PictureForm
 from data_pipeline.images.problems import Problem
 from data_pipeline.images.stream import empty_samples
-from data_pipeline.pack import ImageSamples, permutation
+from data_pipeline.pack import Entries, ImageSamples, permutation
 
 
 class PairStream:
@@ -22,6 +23,7 @@ class PairStream:
     Args:
         seq_len: S, tokens of a row. shuffle: permute the samples anew each epoch.
         workers: threads that decode; 0 decodes in the caller's. The rows are the same.
+        skipped: numbers of samples whose rows are all padding.
 
     Attributes:
         num_samples: n, rows of one epoch: the dataset's samples with exactly one picture; others are reported as
@@ -40,10 +42,12 @@ class PairStream:
         seed: int = 0,
         shuffle: bool = True,
         workers: int = 0,
+        skipped: Sequence[int] = (),
     ) -> None:
         if seq_len < 2:
             raise ValueError(f"seq_len {seq_len}: must be at least 2, for a caption and the end-of-text token")
         self.dataset, self.form, self.seq_len, self.seed, self.shuffle = dataset, form, seq_len, seed, shuffle
+        self._skipped = frozenset(skipped)
         numbers = np.diff(dataset.first)
         for sample in np.flatnonzero(numbers != 1).tolist():
             why = f"{numbers[sample]} pictures, a pair has one"
@@ -76,6 +80,10 @@ class PairStream:
             self._orders = {epoch: order, **{past: kept for past, kept in self._orders.items() if past == epoch - 1}}
         return self._orders[epoch]
 
+    def documents(self, start: int, count: int) -> Entries:
+        """Which sample of the dataset each of rows ``start`` to ``start + count - 1`` is."""
+        return Entries(np.arange(count), self._samples[self.places(start, count)], np.zeros(count, np.int64))
+
     def read(self, start: int, count: int) -> ImageSamples:
         """Rows ``start`` to ``start + count - 1`` of the stream."""
         places = self.places(start, count).tolist()
@@ -87,6 +95,8 @@ class PairStream:
         for row, (place, patches, pieces) in enumerate(zip(places, decoded, texts, strict=True)):
             if isinstance(patches, PictureError):
                 self.dataset.report(samples[row], patches)
+                continue
+            if samples[row] in self._skipped:
                 continue
             caption = np.concatenate(pieces)[: self.seq_len - 1]
             length = len(caption) + 1  # eos_id fills the rest of the row

@@ -16,7 +16,7 @@ from data_pipeline.images.dataset import ImageTextDataset
 from data_pipeline.images.decode import PictureError
 from data_pipeline.images.form import PictureForm
 from data_pipeline.images.pack import WINDOW, PackingCost, pack_rows, packing_cost
-from data_pipeline.pack import IGNORED, ImageSamples, permutation, permuted
+from data_pipeline.pack import IGNORED, Entries, ImageSamples, permutation, permuted
 
 
 class ImageTextStream:
@@ -24,13 +24,14 @@ class ImageTextStream:
 
     A document is its text and pictures in order and the end-of-text token. One that is longer than a row's budgets ends
     where they do, before a picture that would not be whole. A document with a picture that cannot be decoded is left
-    out of its row, which keeps its index; the others close ranks.
+    out of its row, which keeps its index; the others move up, under the numbers that they have anyway.
 
     Args:
         form: what becomes of a picture. seq_len: S, tokens of a row. patches: P, patches of a row.
         shuffle: permute samples, and rows anew each epoch; else they come in the dataset's order.
         workers: threads that decode; 0 decodes in the caller's. The rows are the same.
         window: samples that packing chooses from.
+        skipped: numbers of samples that are left out of their rows, as if they could not be decoded.
 
     Attributes:
         num_samples: n, rows of one epoch. num_cut: documents that end early.
@@ -50,9 +51,10 @@ class ImageTextStream:
         shuffle: bool = True,
         workers: int = 0,
         window: int = WINDOW,
+        skipped: Sequence[int] = (),
     ) -> None:
         self.dataset, self.form, self.seq_len, self.patches = dataset, form, seq_len, patches
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self._skipped = seed, shuffle, frozenset(skipped)
         _check_budgets(form, seq_len, patches)
         self._grids = form.grids(dataset.sizes)
         self._measure()
@@ -100,6 +102,12 @@ class ImageTextStream:
             found.append(self._rows.members[self._rows.first[place] : self._rows.first[place + 1]])
         return found
 
+    def documents(self, start: int, count: int) -> Entries:
+        """Which samples of the dataset lie in rows ``start`` to ``start + count - 1``, also those that are left out."""
+        rows = self.rows(start, count)
+        documents = np.concatenate(rows)
+        return Entries(np.repeat(np.arange(count), [len(row) for row in rows]), documents, np.zeros_like(documents))
+
     def cost(self, start: int, steps: int, global_batch: int, ranks: int) -> PackingCost:
         """How evenly ``steps`` steps from row ``start`` on are spread over ``ranks``; nothing is decoded."""
         rows = self.rows(start, steps * global_batch)
@@ -119,10 +127,13 @@ class ImageTextStream:
         return batch
 
     def _pictures(self, samples: Sequence[int]) -> dict[int, list[np.ndarray] | None]:
-        """Patches of the pictures of each sample; None where one is broken, which is reported."""
-        jobs = [(sample, number) for sample in samples for number in range(int(self._kept[sample]))]
+        """Patches of the pictures of each sample; None for one that is skipped, or broken, which is reported."""
+        wanted = [sample for sample in samples if sample not in self._skipped]
+        jobs = [(sample, number) for sample in wanted for number in range(int(self._kept[sample]))]
         decoded = list(map(self._decode, jobs) if self._pool is None else self._pool.map(self._decode, jobs))
-        found: dict[int, list[np.ndarray] | None] = {sample: [] for sample in samples}
+        found: dict[int, list[np.ndarray] | None] = {
+            sample: None if sample in self._skipped else [] for sample in samples
+        }
         for (sample, _), patches in zip(jobs, decoded, strict=True):
             own = found[sample]
             if isinstance(patches, PictureError):
@@ -152,8 +163,8 @@ class ImageTextStream:
         pictures: dict[int, list[np.ndarray] | None],
     ) -> None:
         """Write the documents of a row one after the other; ``row`` has the arrays of one row, all padding."""
-        at = place = image = document = 0
-        for sample in samples:
+        at = place = image = 0
+        for document, sample in enumerate(samples):
             own = pictures[sample]
             if own is None:
                 continue
@@ -169,7 +180,7 @@ class ImageTextStream:
                     place, image = place + len(patches), image + 1
             length = int(self._lengths[sample])
             _write_document(row, slice(at, at + length), parts, document, self.dataset.tokenizer.eos_id)
-            at, document = at + length, document + 1
+            at += length
 
     def close(self) -> None:
         """End the threads that decode."""

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from data_pipeline.loader import Loader
 from data_pipeline.mix import MixedStream
 from data_pipeline.pack import ImageSamples, Samples
+from data_pipeline.timeline import Phase, Share, Timeline
 
 
 class Numbered:
@@ -38,40 +39,27 @@ def rows_of(samples: Samples | ImageSamples) -> list[tuple[int, int]]:
     return list(zip(samples.targets[:, 0].tolist(), samples.tokens[:, 0].tolist(), strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+def mixture(*streams: tuple[Numbered, float]) -> MixedStream:
+    shares = [Share(f"s{place}", ((0, weight),)) for place, (_, weight) in enumerate(streams)]
+    return MixedStream({f"s{place}": stream for place, (stream, _) in enumerate(streams)}, Timeline.of(shares))
+
+
+@settings(max_examples=30, deadline=None)
 @given(
     weights=st.lists(st.sampled_from([0.7, 0.3, 1.0, 1 / 3, 1e-4, 25.0, 2.5]), min_size=1, max_size=5),
-    seed=st.integers(0, 99),
     start=st.integers(0, 5000),
     count=st.integers(1, 3000),
 )
-def test_each_source_is_read_on_at_its_share(weights, seed, start, count) -> None:
-    mixed = MixedStream([(Numbered(source), weight) for source, weight in enumerate(weights)], seed=seed)
-    whole = rows_of(mixed.read(0, start + count))
-    blocks = len(whole) // mixed._block * mixed._block
-    for source, weight in enumerate(weights):
-        own = [index for found, index in whole if found == source]
-        assert own == list(range(len(own))), "none left out, none twice, in order"
-        share = blocks * weight / sum(weights)
-        inside = sum(found == source for found, _ in whole[:blocks])
-        assert abs(inside - share) < 1 + 1e-6, "exact to a sample after each block"
-    again = MixedStream([(Numbered(source), weight) for source, weight in enumerate(weights)], seed=seed)
-    assert rows_of(again.read(start, count)) == whole[start:]
-    assert all(len(stream.reads) <= 1 for stream in again.streams), "one read of each source"
-
-
-def test_order_is_shuffled_by_the_seed_and_block() -> None:
-    orders = [
-        MixedStream([(Numbered(0), 1), (Numbered(1), 1)], seed=seed).where(begin, 1024)[0].tolist()
-        for seed, begin in ((1, 0), (1, 1024), (2, 0))
-    ]
-    assert all(sum(order) == 512 for order in orders) and len(set(map(tuple, orders))) == 3
-    runs = np.diff(np.flatnonzero(np.diff(orders[0])))
-    assert runs.max() < 20 and 1.5 < runs.mean() < 2.5
+def test_rows_are_those_of_the_timeline(weights, start, count) -> None:
+    streams = [(Numbered(source), weight) for source, weight in enumerate(weights)]
+    mixed = mixture(*streams)
+    sources, indices = mixed.timeline.where(start, count)
+    assert rows_of(mixed.read(start, count)) == list(zip(sources.tolist(), indices.tolist(), strict=True))
+    assert all(len(stream.reads) <= 1 for stream, _ in streams), "one read of each source"
 
 
 def test_text_among_pictures_has_empty_image_arrays() -> None:
-    mixed = MixedStream([(Numbered(0), 1), (Pictured(1), 1)], seed=0)
+    mixed = mixture((Numbered(0), 1), (Pictured(1), 1))
     samples = mixed.read(0, 40)
     assert isinstance(samples, ImageSamples)
     text = samples.targets[:, 0] == 0
@@ -79,40 +67,36 @@ def test_text_among_pictures_has_empty_image_arrays() -> None:
     assert (samples.slots[text] == -1).all() and (samples.spans[text] == -1).all()
     assert (samples.images[text] == -1).all() and not samples.patches[text].any() and not samples.grid[text].any()
     assert (samples.patches[~text] == 200).all() and (samples.images[~text] == 0).all()
-    text_alone = next(start for start in range(1000) if mixed.where(start, 1)[0][0] == 0)
+    text_alone = next(start for start in range(1000) if mixed.timeline.where(start, 1)[0][0] == 0)
     one = mixed.read(text_alone, 1)
     assert isinstance(one, ImageSamples) and one.patches.shape == (1, 6, 12), "also where no picture is near"
-    assert isinstance(MixedStream([(Numbered(0), 1), (Numbered(1), 2)]).read(0, 9), Samples)
+    assert isinstance(mixture((Numbered(0), 1), (Numbered(1), 2)).read(0, 9), Samples)
 
 
 def test_resume_by_the_cursor_alone() -> None:
-    sources = [(Numbered(0), 0.6), (Pictured(1), 0.4)]
-    with Loader(MixedStream(sources, seed=5), global_batch=8, micro_batch=8) as loader:
+    sources = (Numbered(0), 0.6), (Pictured(1), 0.4)
+    with Loader(mixture(*sources), global_batch=8, micro_batch=8) as loader:
         steps = [next(loader) for _ in range(300)]
     cursor = steps[199][1]
-    with Loader(MixedStream(sources, seed=5), global_batch=8, micro_batch=4, cursor=cursor) as loader:
+    with Loader(mixture(*sources), global_batch=8, micro_batch=4, cursor=cursor) as loader:
         for batches, _ in steps[200:]:
             again, _ = next(loader)
             for name, value in batches[0].items():
                 assert np.array_equal(value, np.concatenate([batch[name] for batch in again])), name
 
 
-@pytest.mark.parametrize(
-    ("sources", "message"),
-    [
-        ([], "no source"),
-        ([(Numbered(0), 1), (Numbered(1), 0)], r"weights \[1, 0\]: each must be a number above 0"),
-        ([(Numbered(0), 1), (Numbered(1), float("nan"))], "each must be a number above 0"),
-        ([(Numbered(0), 1), (Numbered(1, 8), 1)], r"samples of \[4, 8\] tokens; give all the same seq_len"),
-    ],
-)
-def test_impossible_mixtures(sources, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        MixedStream(sources)
-
-
-def test_pictures_of_different_shapes_are_refused() -> None:
+def test_sources_that_do_not_fit_together_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"samples of \[4, 8\] tokens; give all the same seq_len"):
+        mixture((Numbered(0), 1), (Numbered(1, 8), 1))
     other = Pictured(1)
     other.patch_shape = (6, 27)
     with pytest.raises(ValueError, match=r"different patches and values of a patch \[\(6, 12\), \(6, 27\)\]"):
-        MixedStream([(Pictured(0), 1), (other, 1)])
+        mixture((Pictured(0), 1), (other, 1))
+
+
+def test_a_source_that_was_dropped_is_asked_for_by_name() -> None:
+    timeline = Timeline([Phase(0, (Share("old"),)), Phase(10, (Share("new"),), {"old": 10})])
+    mixed = MixedStream({"new": Numbered(0)}, timeline)
+    assert rows_of(mixed.read(10, 3)) == [(0, 0), (0, 1), (0, 2)]
+    with pytest.raises(ValueError, match="source 'old' is no longer in the mixture"):
+        mixed.read(9, 2)

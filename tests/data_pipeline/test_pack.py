@@ -127,3 +127,36 @@ def test_sequence_length_must_be_positive(write_shards) -> None:
 def test_shards_are_found_by_path_object_and_string(write_shards) -> None:
     folder: Path = write_shards([np.arange(5)])
     assert TokenDataset(str(folder / "train-00000.tar")).num_tokens == 5
+
+
+def test_groups_of_shards_are_shuffled_among_themselves(write_shards) -> None:
+    """What is read at one time lies in few shards, and an epoch still has every token once."""
+    dataset = TokenDataset(write_shards(unique_documents([10] * 96), num_shards=8) / "train-*.tar")
+    stream = TokenStream(dataset, seq_len=8, seed=3, together=2)
+    count = stream.num_samples
+    epochs = [stream.read(epoch * count, count).tokens[:, :-1] for epoch in range(2)]
+    for tokens in epochs:
+        assert len(set(tokens.flat)) >= 959, "each token but the last, which is a target alone"
+    assert (epochs[0] != epochs[1]).any()
+    for start in range(0, count, 10):
+        documents = stream.documents(start, 10).documents
+        assert len(set(dataset.shards_of(documents).tolist())) <= 4, "two groups of two at most"
+    first = stream.documents(0, count // 4).documents
+    assert (np.abs(np.diff(first)) > 1).mean() > 0.5, "shuffled inside a group"
+    assert len(set(dataset.shards_of(stream.documents(0, 3).documents).tolist())) <= 2
+    whole = TokenStream(dataset, seq_len=8, seed=3, together=8).read(0, count)
+    assert (whole.tokens == TokenStream(dataset, seq_len=8, seed=3).read(0, count).tokens).all()
+
+
+def test_skipped_documents_are_no_targets_and_nothing_else_changes(write_shards) -> None:
+    documents = unique_documents([7, 1, 30, 4, 18] * 4)
+    dataset = TokenDataset(write_shards(documents, num_shards=3) / "train-*.tar")
+    plain, without = (TokenStream(dataset, seq_len=8, seed=5, skipped=skipped) for skipped in ((), (2, 8)))
+    left_out = set(documents[2].tolist()) | set(documents[8].tolist())
+    for start in (0, 17, 29):
+        one, other = plain.read(start, 30), without.read(start, 30)
+        for name in ("tokens", "positions", "documents"):
+            assert (getattr(one, name) == getattr(other, name)).all(), name
+        gone = np.isin(one.targets, list(left_out))
+        assert gone.any() and (other.targets[gone] == IGNORED).all()
+        assert (other.targets[~gone] == one.targets[~gone]).all()
