@@ -137,6 +137,14 @@ def make_index(rows: list[tuple[int, int, int]], keys: list[str], **facts: Any) 
     return ShardIndex(columns[0], columns[1], columns[2], padded.reshape(-1, width), **facts)
 
 
+def find_key(keys: np.ndarray, key: str) -> np.ndarray:
+    """Rows of ``keys`` uint8 [n, width], padded with zeros, that are ``key``."""
+    wanted = key.encode(errors="surrogateescape")
+    if len(wanted) > keys.shape[1]:
+        return np.empty(0, np.int64)
+    return np.flatnonzero((keys == np.frombuffer(wanted.ljust(keys.shape[1], b"\0"), np.uint8)).all(1))
+
+
 def scan_shard(shard: Path, dtype: str, advance: Callable[[int], None] = lambda _: None) -> ShardIndex:
     """Build the index of a shard made elsewhere (webdataset's own writer, say) by reading it from end to end.
 

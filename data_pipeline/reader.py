@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.index import ShardIndex, index_path, load_index
+from data_pipeline.index import ShardIndex, find_key, index_path, load_index
 from data_pipeline.paths import expand_paths
 from data_pipeline.progress import byte_bar
 from data_pipeline.shards import DatasetInfo, token_dtype
@@ -102,6 +102,11 @@ class TokenDataset:
         """The document's WebDataset key."""
         shard = self.shard_of(index)
         return self._indexes[shard].key(index - int(self._first[shard]))
+
+    def find(self, key: str) -> np.ndarray:
+        """Numbers of the documents with this key, int64, in whatever shard."""
+        found = [find_key(i.keys, key) + first for i, first in zip(self._indexes, self._first[:-1], strict=True)]
+        return np.concatenate(found)
 
     def gather(self, documents: np.ndarray, begins: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
         """Write ``lengths[k]`` tokens of ``documents[k]`` from its token ``begins[k]`` on, one after the

@@ -10,6 +10,7 @@ from data_pipeline.images.decode import MAX_BYTES, MAX_PIXELS, PictureError, che
 from data_pipeline.images.form import PictureForm
 from data_pipeline.images.index import MAX_TEXT, PictureIndex, index_path, load_pictures
 from data_pipeline.images.problems import Problem, Skip
+from data_pipeline.index import find_key
 from data_pipeline.paths import expand_paths
 from data_pipeline.progress import byte_bar
 from data_pipeline.tokenizer import Tokenizer
@@ -109,6 +110,14 @@ class ImageTextDataset:
     def key(self, sample: int) -> str:
         """The sample's WebDataset key."""
         return self._indexes[self._shards[sample]].key(int(self._samples[sample]))
+
+    def find(self, key: str) -> np.ndarray:
+        """Numbers of the samples with this key, int64, in whatever shard."""
+        found = []
+        for shard, index in enumerate(self._indexes):
+            own = np.flatnonzero(self._shards == shard)
+            found.append(own[find_key(index.keys[self._samples[own]], key)])
+        return np.concatenate(found)
 
     def index(self, sample: int) -> PictureIndex:
         """The index of the shard that holds a sample."""

@@ -78,3 +78,10 @@ def test_inspect_shows_documents_from_first_to_last(write_shards) -> None:
     assert lines[2].startswith("document 0 (train-00000.tar, 000000): 4 tokens")
     assert lines[3] == "  ids  0 1 2"
     assert lines[-1] == "  ids  10 11 12"
+
+
+def test_documents_are_found_by_their_keys(write_shards) -> None:
+    dataset = TokenDataset(write_shards(unique_documents([3, 1, 4, 1, 5]), num_shards=2) / "train-*.tar")
+    for number in range(5):
+        assert dataset.find(dataset.key(number)).tolist() == [number]
+    assert dataset.find("none").tolist() == dataset.find("0" * 99).tolist() == []
