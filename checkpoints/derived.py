@@ -1,4 +1,4 @@
-"""Checkpoints of step 0 that one process derives from something else (imports, surgery), a tensor at a time."""
+"""Checkpoints that one process derives from something else (imports, surgery), a tensor at a time."""
 
 import json
 import shutil
@@ -34,30 +34,45 @@ def new_checkpoint(
     ties: dict[str, str],
     state: dict[str, Any] | None = None,
     lineage: tuple[Origin, ...] = (),
+    *,
+    step: int = 0,
+    optimizer: Path | None = None,
 ) -> Iterator[TensorWriter]:
-    """The writer of the model's tensors for `checkpoints`/step-00000000, which has no optimizer state.
+    """The writer of the model's tensors for a checkpoint of `step` in the folder `checkpoints`.
 
-    ties: other name -> the name it is stored under. state: what `state.json` says beside the step. Leaving the
-    context makes the checkpoint whole; an error leaves nothing behind.
+    ties: other name -> the name it is stored under. state: what `state.json` says beside the step. optimizer: the
+    checkpoint whose optimizer state is copied, file by file; None: the new one has none. Leaving the context makes
+    the checkpoint whole; an error leaves nothing behind.
     """
     parts = split_files(infos, parse_size(FILE_SIZE))
     layout = {f"rank-{index:05d}.safetensors": part for index, part in enumerate(parts)}
-    with new_folder(checkpoints / "step-00000000") as temp:
+    with new_folder(checkpoints / f"step-{step:08d}") as temp:
         for name in PARTS:
             (temp / name).mkdir()
         texts = {file: _dcp_metadata(part) for file, part in layout.items()}
         with TensorWriter(temp / "model", layout, texts) as writer:
             yield writer
-        files = [f"model/{file}" for file in layout]
+        moments = {} if optimizer is None else _copy_optimizer(optimizer, temp)
+        files = sorted(path.relative_to(temp).as_posix() for path in temp.glob("*/*.safetensors"))
         entries = {name: FileEntry((temp / name).stat().st_size, checksum(temp / name)) for name in files}
-        full_state = {**(state or {}), "step": 0, "ranks": [None]}
+        full_state = {"ranks": [None], **(state or {}), "step": step}
         entries[STATE] = write_durably(temp / STATE, json.dumps(full_state, indent=1).encode())
         tensors = {name: TensorEntry(list(info.shape), dtype_name(info.dtype)) for name, info in infos.items()}
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        manifest = Manifest(0, created, {"model": tensors, "optimizer": {}}, ties, entries, lineage)
+        manifest = Manifest(step, created, {"model": tensors, "optimizer": moments}, ties, entries, lineage)
         write_durably(temp / MANIFEST, manifest.encode())
         for name in PARTS:
             fsync(temp / name)
+
+
+def _copy_optimizer(source: Path, temp: Path) -> dict[str, TensorEntry]:
+    """Copies the files of a checkpoint's optimizer state; returns what tensors they hold."""
+    manifest = Manifest.read(source)
+    for name in manifest.files:
+        if name.startswith("optimizer/"):
+            shutil.copyfile(source / name, temp / name)
+            fsync(temp / name)
+    return manifest.tensors["optimizer"]
 
 
 def _dcp_metadata(tensors: dict[str, TensorInfo]) -> dict[str, str]:

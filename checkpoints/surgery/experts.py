@@ -4,22 +4,19 @@ Memory: about that of a layer's feed-forward weights, or of its largest stack of
 Shape letters: H hidden, F width of the dense layer, E experts, f width of one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from checkpoints.derived import new_checkpoint
-from checkpoints.manifest import Manifest, Origin, Progress
+from checkpoints.manifest import Origin, Progress
 from checkpoints.surgery.methods import METHODS, PARTITIONS, copies, noisy_copies, parts
-from checkpoints.tensors import TensorFiles, TensorInfo, open_checkpoint
+from checkpoints.surgery.target import Draw, Target, check_sources, write_tensors
+from checkpoints.tensors import open_checkpoint
 
-Shapes = Mapping[str, tuple[int, ...]]
 Fill = Callable[[str, Tensor], None]  # name, tensor: its initial value
-Draw = Callable[[str], Generator]  # name -> a generator of its own
 
 
 @dataclass(frozen=True)
@@ -37,16 +34,6 @@ class SparseLayer:
     def by_expert(self) -> tuple[str, ...]:
         """Those with a row for each expert."""
         return (*self.experts, self.router, self.bias)
-
-
-@dataclass(frozen=True)
-class Target:
-    """The checkpoint to write: in the folder `checkpoints`, of a model with these tensors and ties."""
-
-    checkpoints: Path
-    shapes: Shapes
-    ties: dict[str, str]
-    state: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -100,11 +87,8 @@ def upcycle(
     routers = {layer.router for layer in layers}
     new = routers | {layer.bias for layer in layers}
     of = {name: stacks[name][0].dense[stacks[name][1]] if name in stacks else name for name in target.shapes}
-    _check_sources(files, [name for name in target.shapes if name not in new], of)
-    infos = {
-        name: TensorInfo(tuple(shape), torch.float32 if name in new else files.infos[of[name]].dtype)
-        for name, shape in target.shapes.items()
-    }
+    check_sources(files, [name for name in target.shapes if name not in new], of)
+    dtypes = {name: torch.float32 if name in new else files.infos[of[name]].dtype for name in target.shapes}
     order: dict[str, Tensor] = {}  # gate's name -> the units' order, of the layer at hand
 
     def make(name: str) -> Tensor:
@@ -128,7 +112,7 @@ def upcycle(
             order[gate] = PARTITIONS[how.method](files.read(gate), files.read(up), experts, draw(gate))
         return parts(files.read(of[name]), order[gate], experts, dim=int(place == 2))
 
-    _write(target, infos, make, lineage, progress)
+    write_tensors(target, dtypes, make, lineage, progress)
 
 
 def prune(
@@ -145,14 +129,14 @@ def prune(
     """
     files = open_checkpoint(source)
     rows = {name: torch.tensor(kept) for layer, kept in zip(layers, keep, strict=True) for name in layer.by_expert}
-    _check_sources(files, list(target.shapes), {name: name for name in target.shapes})
-    infos = {name: TensorInfo(tuple(shape), files.infos[name].dtype) for name, shape in target.shapes.items()}
+    check_sources(files, list(target.shapes), {name: name for name in target.shapes})
+    dtypes = {name: files.infos[name].dtype for name in target.shapes}
 
     def make(name: str) -> Tensor:
         tensor = files.read(name)
         return tensor.index_select(0, rows[name]) if name in rows else tensor
 
-    _write(target, infos, make, lineage, progress)
+    write_tensors(target, dtypes, make, lineage, progress)
 
 
 def largest(usage: Tensor, count: int, groups: int = 1) -> list[int]:
@@ -168,36 +152,3 @@ def router_norms(source: Path, layers: Sequence[SparseLayer]) -> list[Tensor]:
     """Norm of each expert's row in the router [E], for each layer."""
     files = open_checkpoint(source)
     return [files.read(layer.router).float().norm(dim=1) for layer in layers]
-
-
-def origin(operation: str, arguments: dict[str, Any], source: Path) -> tuple[Origin, ...]:
-    """The lineage of what is derived from the checkpoint `source`."""
-    manifest = Manifest.read(source)
-    return (*manifest.lineage, Origin(operation, arguments, str(source), manifest.step, manifest.digest))
-
-
-def _check_sources(files: TensorFiles, wanted: list[str], of: Mapping[str, str]) -> None:
-    """Raises ValueError unless what is `wanted` is made of all that `files` hold. of: its name -> that in the files."""
-    used = {of[name] for name in wanted}
-    if missing := sorted(used - set(files)):
-        raise ValueError(f"{files.where} lacks the tensor '{missing[0]}': use the config that it was trained with")
-    if extra := sorted(set(files) - used):
-        raise ValueError(f"{files.where} has the tensor '{extra[0]}', for which the new model has no place")
-
-
-def _write(
-    target: Target,
-    infos: dict[str, TensorInfo],
-    make: Callable[[str], Tensor],
-    lineage: tuple[Origin, ...],
-    progress: Progress | None,
-) -> None:
-    with new_checkpoint(target.checkpoints, infos, target.ties, target.state, lineage) as writer:
-        for name, info in infos.items():
-            tensor = make(name)
-            if tuple(tensor.shape) != info.shape:
-                raise ValueError(f"tensor '{name}' would have shape {list(tensor.shape)}, not {list(info.shape)}")
-            writer.write(name, tensor)
-            del tensor  # before the next one comes
-            if progress is not None:
-                progress(info.num_bytes)

@@ -15,8 +15,9 @@ from checkpoints.derived import new_folder
 from checkpoints.hf.tokenizer import copy_tokenizer
 from checkpoints.manifest import STATE, Progress
 from checkpoints.surgery import experts as surgery
-from checkpoints.surgery.experts import SparseLayer, Target, Upcycling
+from checkpoints.surgery.experts import SparseLayer, Upcycling
 from checkpoints.surgery.methods import Mixing
+from checkpoints.surgery.target import Target, origin
 from launch.commands.convert import find_checkpoint, native_tensors
 from launch.progress import progress_bar
 from parallel.materialise import generator_for
@@ -46,7 +47,7 @@ def upcycle(args: argparse.Namespace) -> None:
         **{"router": args.router, "experts": moe.experts, "top_k": moe.top_k, "ffn": moe.ffn, "scale": moe.scale},
         "seed": seed,
     }
-    lineage = surgery.origin("upcycle", arguments, checkpoint)
+    lineage = origin("upcycle", arguments, checkpoint)
 
     def write(target: Target, layers: list[SparseLayer], progress: Progress) -> None:
         surgery.upcycle(
@@ -95,11 +96,11 @@ def prune(args: argparse.Namespace) -> None:
     _check_same_model(before, config, ("experts", "ffn", "first_dense", "every", "shared_ffn", "shared_gate", "bias"))
     layers = _layers(config)
     if args.by == "load":
-        usage = _logged_load(run_dir, surgery.origin("", {}, checkpoint)[-1].step, len(layers), moe.experts)
+        usage = _logged_load(run_dir, origin("", {}, checkpoint)[-1].step, len(layers), moe.experts)
     else:
         usage = surgery.router_norms(checkpoint, layers)
     keep = [surgery.largest(each, args.keep, moe.groups) for each in usage]
-    lineage = surgery.origin("prune", {"by": args.by, "experts": keep}, checkpoint)
+    lineage = origin("prune", {"by": args.by, "experts": keep}, checkpoint)
 
     def write(target: Target, layers: list[SparseLayer], progress: Progress) -> None:
         surgery.prune(checkpoint, target, layers, keep, lineage, progress)
