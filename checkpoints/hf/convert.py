@@ -104,7 +104,7 @@ def look_at(folder: Path, brands: dict[str, Brand]) -> HfModel:
     brand, config, kept = read_config(folder, brands)
     tensors = open_hf(folder)
     head, embedding = _tied_names(brand)
-    if config["tied"] and head in tensors and embedding in tensors and not _same(tensors, head, embedding):
+    if config.get("tied") and head in tensors and embedding in tensors and not _same(tensors, head, embedding):
         config = {**config, "tied": False}  # transformers believes the file, not the config
     return HfModel(folder, brand, config, kept, tensors)
 

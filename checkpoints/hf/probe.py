@@ -9,9 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Probe:
-    """tokens [B, S] int64. native, hf: what else each model gets, by the name of the argument."""
+    """tokens [B, S] int64, None for models of pictures alone. native, hf: what else each model gets, by the name of the
+    argument.
+    """
 
-    tokens: Tensor
+    tokens: Tensor | None
     native: dict[str, Any] = field(default_factory=dict)
     hf: dict[str, Tensor] = field(default_factory=dict)
 

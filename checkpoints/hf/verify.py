@@ -27,7 +27,9 @@ class NotEqual(ValueError):
 
 @dataclass(frozen=True)
 class Trace:
-    """What a model does with a batch: logits [B, S, V]; states: input of the first block, output of each, [B, S, E]."""
+    """What a model does with a batch: logits [B, S, V], or [B, C] of classes; states: input of the first block, output
+    of each, [B, S, E].
+    """
 
     logits: Tensor
     states: list[Tensor]
@@ -98,12 +100,13 @@ def prove_logits(out: Path, native: Native, vocab_size: int, max_seq_len: int, p
 def run_transformers(folder: Path, probe: Probe, num_blocks: int) -> Trace:
     """What transformers makes of a folder and a probe, in fp32. Raises NotEqual as `load_transformers`."""
     model = load_transformers(folder)
-    blocks = find_blocks(model.get_decoder(), num_blocks)
+    text = {} if probe.tokens is None else {"input_ids": probe.tokens, "use_cache": False}
+    blocks = find_blocks(model.get_decoder() if text else model, num_blocks)
     states: list[Tensor] = []
     blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0].clone()))
     for block in blocks:
         block.register_forward_hook(lambda _, args, out: states.append(out if isinstance(out, Tensor) else out[0]))
-    return Trace(model(input_ids=probe.tokens, **probe.hf, use_cache=False).logits, states)
+    return Trace(model(**text, **probe.hf).logits, states)
 
 
 def load_transformers(folder: Path) -> Any:
@@ -113,10 +116,12 @@ def load_transformers(folder: Path) -> Any:
     """
     from transformers import (  # imports slowly
         MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,
         AutoModel,
         AutoModelForCausalLM,
+        AutoModelForImageClassification,
         AutoModelForImageTextToText,
     )
 
@@ -128,6 +133,9 @@ def load_transformers(folder: Path) -> Any:
                 (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
             )
             auto = next((auto for mapping, auto in kinds if type(config) in mapping), AutoModel)
+            classifier = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+            if classifier is not None and classifier.__name__ in (config.architectures or ()):
+                auto = AutoModelForImageClassification
             loaded: Any = auto.from_pretrained(
                 folder,
                 dtype=torch.float32,

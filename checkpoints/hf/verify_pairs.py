@@ -64,6 +64,7 @@ def end_texts(out: Path, text: Any, brand: Brand, probe: Probe) -> Tensor:
             f"{brand.model_type}: an end-of-text token of {LARGEST} means something else to transformers (a text's "
             "largest token); train with a tokenizer that has another"
         )
+    assert probe.tokens is not None
     token = read if read is not None else last if end in (None, LARGEST) else end
     tokens = torch.where(probe.tokens == token, (token + 1) % (last + 1), probe.tokens)
     tokens[torch.arange(len(tokens)), probe.native["lengths"] - 1] = token

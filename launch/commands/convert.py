@@ -92,7 +92,7 @@ def import_(args: argparse.Namespace) -> None:
     with new_folder(run_dir) as temp:
         model = convert.look_at(folder, brands)
         patches = model.brand.patches(model.config)  # of one picture, which must fit a row
-        data = {"seq_len": min(max(512, 2 * patches), model.config["max_seq_len"]), "patches": patches}
+        data = {"seq_len": min(max(512, 2 * patches), model.config.get("max_seq_len", patches)), "patches": patches}
         tree = {"run": {"dir": str(run_dir)}, "model": model.config, "data": data}
         if model.brand.objective:
             tree["objective"] = dict(model.brand.objective)
@@ -169,11 +169,11 @@ def prove_outputs(folder: Path, config: Any, checkpoint: Path, brand: Brand, dty
         assert probe is not None
         return prove_features(folder, partial(run_pairs, config, checkpoint, dtype), brand, probe)
     native = partial(run_native, config, checkpoint, dtype)
-    return prove_logits(folder, native, config.vocab_size, config.max_seq_len, probe)
+    return prove_logits(folder, native, config.vocab_size, getattr(config, "max_seq_len", 0), probe)
 
 
 @torch.inference_mode()
-def run_native(config: Any, checkpoint: Path, dtype: torch.dtype | None, tokens: Tensor, **others: Any) -> Trace:
+def run_native(config: Any, checkpoint: Path, dtype: torch.dtype | None, tokens: Tensor | None, **others: Any) -> Trace:
     """The native model's logits and states. others: what it gets beside tokens, by name."""
     model = load_rounded(config, checkpoint, dtype)
     blocks = list(model.layers.values())
@@ -181,7 +181,8 @@ def run_native(config: Any, checkpoint: Path, dtype: torch.dtype | None, tokens:
     blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0].clone()))
     for block in blocks:
         block.register_forward_hook(lambda _, args, out: states.append(out))
-    return Trace(model.logits(model(tokens, **others)), states)
+    hidden = model(**others) if tokens is None else model(tokens, **others)
+    return Trace(model.logits(hidden), states)
 
 
 @torch.inference_mode()

@@ -10,6 +10,10 @@ from pretrain.models.dual.hf import BRANDS as DUAL_BRANDS
 from pretrain.models.dual.model import Dual
 from pretrain.models.dual.plan import plan as dual_plan
 from pretrain.models.family import Family
+from pretrain.models.vit.config import ViTConfig
+from pretrain.models.vit.hf import BRANDS as VIT_BRANDS
+from pretrain.models.vit.model import ViT
+from pretrain.models.vit.plan import plan as vit_plan
 from pretrain.models.vlm.config import VLMConfig
 from pretrain.models.vlm.hf import BRANDS as VLM_BRANDS
 from pretrain.models.vlm.model import VLM
@@ -20,5 +24,6 @@ FAMILIES: dict[str, Family] = {
         config=DecoderConfig, build=Decoder, plan=decoder_plan, hf=DECODER_BRANDS, feed_forward=feed_forward
     ),
     "dual": Family(config=DualConfig, build=Dual, plan=dual_plan, hf=DUAL_BRANDS),
+    "vit": Family(config=ViTConfig, build=ViT, plan=vit_plan, hf=VIT_BRANDS),
     "vlm": Family(config=VLMConfig, build=VLM, plan=vlm_plan, hf=VLM_BRANDS, feed_forward=feed_forward),
 }
