@@ -33,15 +33,17 @@ class Ranks:
     """The processes that save and load together.
 
     Creating it is collective where the default backend is not gloo: it then opens a gloo group of its own, so
-    that the little that ranks tell each other never touches an accelerator.
+    that the little that ranks tell each other never touches an accelerator. own_group: open one in any case, for a
+    thread whose words must not be taken for those of another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, own_group: bool = False) -> None:
         self.group: dist.ProcessGroup | None = None
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+            shared = dist.get_backend() == "gloo" and not own_group
+            self.group = dist.group.WORLD if shared else dist.new_group(backend="gloo")
 
     def gather(self, value: Any) -> list[Any]:
         """Collective. Every rank's `value` (JSON), in rank order."""

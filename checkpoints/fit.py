@@ -47,6 +47,14 @@ def check_json(value: Any, where: str) -> None:
         raise ValueError(f"{where} is a {type(value).__name__}: only JSON values can be saved")
 
 
+def check_state(state: dict[str, Any], rank_state: Any, step: int) -> None:
+    """Raises ValueError for what is no JSON, and for keys that the store writes itself."""
+    check_json(state, "state")
+    check_json(rank_state, "rank_state")
+    if "ranks" in state or state.get("step", step) != step:
+        raise ValueError("state must not have the keys 'step' and 'ranks': the store writes them")
+
+
 def tie_targets(ties_by_rank: list[dict[str, str]], stored: dict[str, TensorEntry]) -> dict[str, str]:
     """The ties of all ranks as one; raises ValueError where one leads to a tensor that is not saved."""
     ties = {alias: name for ties in ties_by_rank for alias, name in ties.items()}

@@ -140,6 +140,13 @@ class Manifest:
                 problems.append(f"{path} is {kind}: {size} bytes, should be {entry.bytes}")
         return problems
 
+    def quick_problems(self, folder: Path) -> list[str]:
+        """Those of sizes, and damage to the state, which is small."""
+        problems = self.size_problems(folder)
+        if not problems and STATE in self.files and checksum(folder / STATE) != self.files[STATE].crc32:
+            problems = [f"{folder / STATE} is damaged"]
+        return problems
+
     def content_problems(self, folder: Path, progress: Progress | None = None) -> list[str]:
         """Files whose bytes changed, and files that do not belong here; reads everything.
 
@@ -172,11 +179,20 @@ def checksum(path: Path, progress: Progress | None = None) -> str:
 
 def write_durably(path: Path, content: bytes) -> FileEntry:
     """Writes and fsyncs a small file."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        write_all(handle, content)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
     return FileEntry(len(content), _digest(content))
+
+
+def write_all(handle: int, content: bytes | memoryview) -> None:
+    """The system may take less than it is given, at signals and where the disk is nearly full."""
+    written = os.write(handle, content)
+    while written < len(content):
+        written += os.write(handle, content[written:])
 
 
 def fsync(path: Path) -> None:

@@ -1,34 +1,26 @@
-"""Tensors to and from safetensors shards, planned by torch.distributed.checkpoint (DCP).
+"""Tensors to and from safetensors shards.
 
-DCP decides which rank writes which piece of which tensor, and which pieces a rank must read for its own
-layout. The files are those of `HuggingFaceStorageWriter(save_distributed=True)`: safetensors with each
-piece's offset in the header, so DCP's own `HuggingFaceStorageReader` reads them and no metadata file is
-needed.
+The files are those of DCP's `HuggingFaceStorageWriter(save_distributed=True)`: safetensors with each piece's offset
+in the header, so DCP's own `HuggingFaceStorageReader` reads them and no metadata file is needed. Reading goes through
+it: it finds the pieces that a rank must read for its own layout.
 
-Only the writing of the bytes is ours: DCP's serialises a rank's whole shard in memory before the first byte
-goes out. Here each tensor goes straight from its memory to the file, and the checksum is taken on the way.
+Writing is ours: DCP's serialises a rank's whole shard in memory before the first byte goes out. Here each tensor goes
+straight from its memory to the file, and the checksum is taken on the way.
 """
 
 import json
-import math
 import os
 import struct
-import warnings
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
-from checkpoints.collective import KINDS, CheckpointError, explain
-from checkpoints.manifest import PIECE, FileEntry, TensorEntry
+from checkpoints.manifest import PIECE, FileEntry, write_all
+from checkpoints.pieces import Piece
 
 # https://github.com/huggingface/safetensors: names of the element types in a file's header
 DTYPES = {
@@ -38,79 +30,26 @@ DTYPES = {
 }  # fmt: skip
 
 
-class ShardWriter(dcp.HuggingFaceStorageWriter):
-    """Writes this rank's pieces into `folder/rank-NNNNN.safetensors`, or no file where it has none."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        super().__init__(path=str(folder), save_distributed=True)
-        self.file = folder / f"rank-{rank:05d}.safetensors"
-        self.entry: FileEntry | None = None
-        self.tensors: dict[str, TensorEntry] = {}  # filled on the coordinator only
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        pieces = [item for item in plan.items if not _is_padding(item)]
-        # Widest elements first keeps every tensor aligned to its element size, as safetensors asks.
-        pieces.sort(key=lambda item: (-_properties(item).dtype.itemsize, item.index.fqn))
-        if pieces:
-            self.entry = self._write(pieces, planner)
-        done: Future[list[WriteResult]] = Future()
-        done.set_result([])
-        return done
-
-    def _write(self, pieces: list[WriteItem], planner: SavePlanner) -> FileEntry:
-        header = _header(pieces)
-        size, crc = len(header), zlib.crc32(header)
-        with self.file.open("wb", buffering=PIECE) as file:
-            file.write(header)
-            for item in pieces:
-                tensor = planner.resolve_data(item)
-                assert isinstance(tensor, Tensor)
-                if tensor.shape != _sizes(item):
-                    raise CheckpointError(
-                        f"'{item.index.fqn}' has local shape {list(tensor.shape)}, but its placements imply "
-                        f"{list(_sizes(item))}: shard it evenly"
-                    )
-                content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                for start in range(0, len(content), PIECE):
-                    piece = content[start : start + PIECE]
-                    crc = zlib.crc32(piece, crc)
-                    file.write(piece)
-                size += len(content)
-            file.flush()
-            os.fsync(file.fileno())
-        return FileEntry(size, f"{crc:08x}")
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        for name, entry in metadata.state_dict_metadata.items():
-            assert isinstance(entry, TensorStorageMetadata)
-            self.tensors[name] = TensorEntry(list(entry.size), dtype_name(entry.properties.dtype))
-
-
-def write_shards(
-    folder: Path, tensors: dict[str, Tensor], rank: int, group: dist.ProcessGroup | None
-) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
-    """Collective. Writes `tensors` (plain, equal on all ranks that hold the name, or DTensor) into `folder`.
-
-    Returns this rank's files by name, and, on rank 0, all tensors. Fails on every rank where one fails.
+def write_shard(path: Path, pieces: list[Piece], contents: Iterable[Tensor]) -> FileEntry:
+    """Writes and fsyncs one safetensors file of `pieces`; `contents` are their values in the same order, in any
+    number of tensors on any device.
     """
-    writer = ShardWriter(folder, rank)
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    header = _header(pieces)
+    size, crc = len(header), zlib.crc32(header)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(
-                dict(tensors),
-                storage_writer=writer,
-                planner=planner,
-                process_group=group,
-                no_dist=group is None,
-            )
-    except CheckpointException as failure:
-        failed_rank, (error, _) = min(failure.failures.items())
-        kind, text = explain(error)
-        raise KINDS[kind](text if group is None else f"{text} (rank {failed_rank})") from failure
-    files = {} if writer.entry is None else {f"{folder.name}/{writer.file.name}": writer.entry}
-    return files, writer.tensors
+        write_all(handle, header)
+        for tensor in contents:
+            content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(content), PIECE):
+                piece = content[start : start + PIECE]
+                crc = zlib.crc32(piece, crc)
+                write_all(handle, piece)
+            size += len(content)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return FileEntry(size, f"{crc:08x}")
 
 
 def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -132,38 +71,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _header(pieces: list[WriteItem]) -> bytes:
+def _header(pieces: list[Piece]) -> bytes:
     entries: dict[str, object] = {}
-    assert len({item.index.fqn for item in pieces}) == len(pieces), "a rank holds one piece of a tensor"
-    offsets = {item.index.fqn: {"saved_offsets": list(_offsets(item))} for item in pieces}
+    assert len({piece.name for piece in pieces}) == len(pieces), "a rank holds one piece of a tensor"
+    offsets = {piece.name: {"saved_offsets": list(piece.offsets)} for piece in pieces}
     end = 0
-    for item in pieces:
-        dtype = _properties(item).dtype
-        start, end = end, end + math.prod(_sizes(item)) * dtype.itemsize
-        entries[item.index.fqn] = {
-            "dtype": DTYPES[dtype], "shape": list(_sizes(item)), "data_offsets": [start, end],
+    for piece in pieces:
+        start, end = end, end + piece.num_bytes
+        entries[piece.name] = {
+            "dtype": DTYPES[piece.torch_dtype], "shape": list(piece.sizes), "data_offsets": [start, end],
         }  # fmt: skip
     about = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
     text = json.dumps({"__metadata__": about, **entries}).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _properties(item: WriteItem):
-    assert item.tensor_data is not None
-    return item.tensor_data.properties
-
-
-def _sizes(item: WriteItem) -> torch.Size:
-    assert item.tensor_data is not None
-    return item.tensor_data.chunk.sizes
-
-
-def _offsets(item: WriteItem) -> torch.Size:
-    assert item.tensor_data is not None
-    return item.tensor_data.chunk.offsets
-
-
-def _is_padding(item: WriteItem) -> bool:
-    """An empty piece at the end of an unevenly sharded tensor; a tensor that is empty as a whole is kept."""
-    return math.prod(_sizes(item)) == 0 and any(_offsets(item))

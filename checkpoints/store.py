@@ -1,47 +1,34 @@
 """Sharded, atomic, verified checkpoints: `runs/<name>/checkpoints/step-NNNNNNNN/`.
 
-    save:  .tmp-step-NNNNNNNN/  <- every rank's shards, state.json, then manifest.json, each fsynced
-           rename to step-NNNNNNNN/, fsync of the folder, and only then is anything older pruned
-
 A checkpoint is whole or absent, whenever the run is killed. Any number of ranks in any layout loads it.
+
+    pieces.py   which rank writes what          shards.py      the files of tensors
+    commit.py   from a folder to a checkpoint   background.py  the same while training goes on
+    manifest.py what is in it, and checksums    retention.py   which ones stay
 """
 
 import json
 import logging
-import re
-import shutil
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from checkpoints.background import Background, Report
 from checkpoints.collective import CheckpointError, Ranks
-from checkpoints.fit import check_json, check_tensors, misfits, tie_targets
-from checkpoints.manifest import (
-    MANIFEST,
-    PARTS,
-    STATE,
-    FileEntry,
-    Manifest,
-    Origin,
-    Progress,
-    TensorEntry,
-    checksum,
-    fsync,
-    write_durably,
-)
-from checkpoints.shards import read_shards, write_shards
+from checkpoints.commit import Snapshot, find_steps, not_saved, write_checkpoint
+from checkpoints.fit import check_state, check_tensors, misfits, tie_targets
+from checkpoints.manifest import MANIFEST, STATE, Manifest, Origin, Progress
+from checkpoints.pieces import Contents, Plan, local_part, make_plan, signature
+from checkpoints.retention import Retention, find_step, is_pinned, prune
+from checkpoints.shards import read_shards
 
-__all__ = ["CheckpointError", "CheckpointInfo", "CheckpointStore"]
+__all__ = ["CheckpointError", "CheckpointInfo", "CheckpointStore", "Report"]
 
 Problems = list[str]  # one line each
 
 log = logging.getLogger(__name__)
-
-# While a checkpoint is replaced by another of the same step, the old one waits under the second name.
-STEP_NAME = re.compile(r"(step-|\.replaced-step-)(\d+)")
 
 
 @dataclass(frozen=True)
@@ -50,26 +37,34 @@ class CheckpointInfo:
     path: Path
     bytes: int  # of all files but the manifest; 0 where there is no sound manifest
     created: str  # UTC, ISO 8601; empty where there is no sound manifest
-    problem: str | None  # the first reason why it is not whole, None if it is; contents are not read for this
+    problem: str | None  # the first reason why it is not whole, None if it is; tensors are not read for this
     lineage: tuple[Origin, ...] = ()  # what it was derived from, oldest first
+    pinned: bool = False
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in `folder` (`runs/<name>/checkpoints`).
+    """The checkpoints of one run, in `folder` (`runs/<name>/checkpoints`); which of them stay: see `Retention`.
 
-    keep: how many of the newest whole ones stay. keep_every: those whose step is a multiple of it stay too.
-
-    `save` and `load` are collective: every rank calls them; where one fails, all raise the same one-line
-    error (CheckpointError, which is a ValueError, or FileNotFoundError). The rest only looks at files.
+    `save`, `prepare`, `save_async`, `finish` and `load` are collective: every rank calls them; where one fails, all
+    raise the same one-line error (CheckpointError, which is a ValueError, or FileNotFoundError). The rest only looks
+    at files.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 3, keep_every: int | None = None) -> None:
-        if keep < 1:
-            raise ValueError(f"checkpoint.keep = {keep}: at least 1 checkpoint must be kept")
-        if keep_every is not None and keep_every < 1:
-            raise ValueError(f"checkpoint.keep_every = {keep_every}: must be at least 1 step, or left out")
-        self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        best: str | None = None,
+        best_mode: Literal["min", "max"] = "min",
+        keep_best: int = 1,
+    ) -> None:
+        self.folder = Path(folder)
+        self.retention = Retention(keep, keep_every, best, best_mode, keep_best)
         self._ranks: Ranks | None = None
+        self._background: Background | None = None
+        self._planned: tuple[Any, Plan] | None = None  # of the last save, with the signature of what it was made for
         self._lineage: tuple[Origin, ...] = ()  # of what was loaded: what is trained on from it keeps it
 
     def save(
@@ -86,56 +81,78 @@ class CheckpointStore:
 
         model, optimizer: flat name -> DTensor, or plain tensor that is equal on all ranks that hold the name.
             A rank may hold any subset of the names (pipeline stages).
-        state: JSON; rank 0's is kept, with "step" and "ranks" added. rank_state: JSON of this rank, kept as
-            `state["ranks"][rank]`.
+        state: JSON; rank 0's is kept, with "step" and "ranks" added. Numbers under its key "metrics" are what
+            retention compares. rank_state: JSON of this rank, kept as `state["ranks"][rank]`.
         ties: model name -> name of the model tensor that it is; stored once, under the latter.
 
         Raises CheckpointError on every rank when one cannot write (disk full, no permission): earlier
         checkpoints stay as they were, nothing of the new one is left.
         """
-        ranks = self._join()
-        temp, final = self.folder / f".tmp-step-{step:08d}", self.folder / f"step-{step:08d}"
-        ties = ties or {}
-        model = {name: tensor for name, tensor in model.items() if name not in ties}
+        if self._background is not None:
+            self._background.wait()
+        contents = _stored(model, optimizer, ties or {})
+        snapshot, _ = self._snapshot(step, contents, state, ties or {}, rank_state)
 
-        def prepare() -> dict[str, Any]:
-            check_tensors(model, optimizer)
-            check_json(state, "state")
-            check_json(rank_state, "rank_state")
-            if "ranks" in state or state.get("step", step) != step:
-                raise ValueError("state must not have the keys 'step' and 'ranks': the store writes them")
-            return {"step": step, "ties": ties, "rank_state": rank_state}
+        def live(part: str) -> Any:
+            return (local_part(contents[part][piece.name]) for piece in snapshot.plan.pieces[part])
 
-        try:
-            replies = ranks.together(prepare)
-            if len(steps := {reply["step"] for reply in replies}) > 1:
-                raise RuntimeError(f"ranks save different steps: {sorted(steps)}")
-            ranks.on_first(lambda: self._make_temp(temp))
-            files: dict[str, FileEntry] = {}
-            tensors: dict[str, dict[str, TensorEntry]] = {}
-            for part, content in zip(PARTS, (model, optimizer), strict=True):
-                written, tensors[part] = write_shards(temp / part, content, ranks.rank, ranks.group)
-                files |= written
-            written_by_rank = ranks.gather({name: asdict(entry) for name, entry in files.items()})
-            full_state = {**state, "step": step, "ranks": [reply["rank_state"] for reply in replies]}
+        return self._write(replace(snapshot, contents=live), self._join())
 
-            def commit() -> None:
-                entries = {name: FileEntry(**entry) for each in written_by_rank for name, entry in each.items()}
-                entries[STATE] = write_durably(temp / STATE, json.dumps(full_state, indent=1).encode())
-                tied = tie_targets([reply["ties"] for reply in replies], tensors["model"])
-                created = datetime.now(UTC).isoformat(timespec="seconds")
-                self._commit(temp, final, Manifest(step, created, tensors, tied, entries, self._lineage))
+    def prepare(
+        self, model: dict[str, Tensor], optimizer: dict[str, Tensor], *, ties: dict[str, str] | None = None
+    ) -> None:
+        """Collective. What the first `save_async` would do otherwise: allocates the host memory that it copies to."""
+        contents = _stored(model, optimizer, ties or {})
+        self._stage(contents, self._plan(contents, self._join()))
 
-            ranks.on_first(commit)
-        except (OSError, ValueError) as error:
-            if ranks.rank == 0:
-                shutil.rmtree(temp, ignore_errors=True)
-            raise CheckpointError(
-                f"step {step} was not saved in {self.folder} (earlier checkpoints are untouched): {error}"
-            ) from error
-        if ranks.rank == 0:
-            self._prune(just_saved=step)
-        return final
+    def save_async(
+        self,
+        step: int,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: dict[str, Any],
+        *,
+        ties: dict[str, str] | None = None,
+        rank_state: Any = None,
+        skip_if_busy: bool = False,
+    ) -> bool:
+        """Collective. As `save`, but returns once the tensors are copied to host memory; a thread writes them.
+
+        While an earlier save is being written on any rank it is waited for, or, with `skip_if_busy`, nothing is
+        saved and False returned, on all ranks. `reports` tells how a save ended, `finish` waits for it.
+        """
+        contents = _stored(model, optimizer, ties or {})
+        snapshot, busy = self._snapshot(step, contents, state, ties or {}, rank_state)
+        if busy and skip_if_busy:
+            return False
+        background = self._stage(contents, snapshot.plan)
+        background.wait()
+        assert background.staging is not None
+        background.staging.copy(contents)
+        background.start(replace(snapshot, contents=background.staging.contents))
+        return True
+
+    def reports(self) -> list[Report]:
+        """How the saves in the background went that have ended since the last call."""
+        return [] if self._background is None else self._background.reports()
+
+    def finish(self) -> None:
+        """Collective. Waits for the save in the background. Where it failed it is tried again, here and now; raises
+        CheckpointError where that fails too.
+        """
+        if self._background is None:
+            return
+        self._background.wait()
+        if any(self._join().gather(self._background.failed)):
+            assert self._background.last is not None
+            self._write(self._background.last, self._join())
+            self._background.failed = False
+
+    def close(self) -> None:
+        """Waits for the save in the background, however it ends, and frees its memory. Not collective."""
+        if self._background is not None:
+            self._background.close()
+            self._background = None
 
     def load(
         self,
@@ -175,7 +192,7 @@ class CheckpointStore:
         return state
 
     def newest_whole(self) -> int | None:
-        """Step of the newest checkpoint whose files are all there with the right sizes.
+        """Step of the newest checkpoint whose files are all there with the right sizes and whose state is sound.
 
         Broken newer ones are named in a warning. `load(None, ...)` makes all ranks agree on what rank 0
         finds.
@@ -187,18 +204,18 @@ class CheckpointStore:
         return None
 
     def list(self) -> list[CheckpointInfo]:
-        """All checkpoints, whole or not, by ascending step. Looks at sizes; `verify` reads the contents."""
+        """All checkpoints, whole or not, by ascending step. Looks at sizes and states; `verify` reads it all."""
         infos = []
-        for step, path in sorted(self._scan().items()):
+        for step, path in sorted(find_steps(self.folder).items()):
+            pinned = is_pinned(self.folder, step)
             try:
                 manifest = Manifest.read(path)
+                problem = next(iter(manifest.quick_problems(path)), None)
             except (OSError, ValueError) as error:
-                infos.append(CheckpointInfo(step, path, 0, "", str(error)))
+                infos.append(CheckpointInfo(step, path, 0, "", str(error), pinned=pinned))
             else:
-                problem = next(iter(manifest.size_problems(path)), None)
-                infos.append(
-                    CheckpointInfo(step, path, manifest.num_bytes, manifest.created, problem, manifest.lineage)
-                )
+                facts = manifest.num_bytes, manifest.created, problem, manifest.lineage, pinned
+                infos.append(CheckpointInfo(step, path, *facts))
         return infos
 
     def verify(self, step: int, progress: Progress | None = None) -> Problems:
@@ -207,7 +224,7 @@ class CheckpointStore:
         `progress` is called with the number of bytes just read, of `CheckpointInfo.bytes` in all. Raises
         FileNotFoundError where there is no such checkpoint.
         """
-        path = self._find(step)
+        path = find_step(self.folder, step)
         try:
             manifest = Manifest.read(path)
         except (OSError, ValueError) as error:
@@ -220,74 +237,71 @@ class CheckpointStore:
             self._ranks = Ranks()
         return self._ranks
 
-    def _scan(self) -> dict[int, Path]:
-        found: dict[int, Path] = {}
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            match = STEP_NAME.fullmatch(path.name)
-            if match and (match[1] == "step-" or int(match[2]) not in found):
-                found[int(match[2])] = path
-        return found
+    def _snapshot(
+        self, step: int, contents: Contents, state: dict[str, Any], ties: dict[str, str], rank_state: Any
+    ) -> tuple[Snapshot, bool]:
+        """Collective. The checkpoint to be, without its contents; and whether any rank is still writing another."""
+        ranks = self._join()
 
-    def _find(self, step: int) -> Path:
-        found = self._scan()
-        if step not in found:
-            there = f"it has steps {', '.join(map(str, sorted(found)))}" if found else "it has no checkpoint"
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder}: {there}")
-        return found[step]
+        def check() -> dict[str, Any]:
+            check_tensors(contents["model"], contents["optimizer"])
+            check_state(state, rank_state, step)
+            busy = self._background is not None and self._background.busy
+            return {"step": step, "ties": ties, "rank_state": rank_state, "busy": busy}
+
+        try:
+            replies = ranks.together(check)
+            if len(steps := {reply["step"] for reply in replies}) > 1:
+                raise RuntimeError(f"ranks save different steps: {sorted(steps)}")
+            plan = self._plan(contents, ranks)
+            all_ties = tie_targets([reply["ties"] for reply in replies], plan.tensors["model"])
+        except ValueError as error:
+            raise not_saved(self.folder, step, error) from error
+        full_state = {**state, "step": step, "ranks": [reply["rank_state"] for reply in replies]}
+        snapshot = Snapshot(step, plan, lambda part: (), full_state, all_ties, self._lineage)
+        return snapshot, any(reply["busy"] for reply in replies)
+
+    def _plan(self, contents: Contents, ranks: Ranks) -> Plan:
+        """Collective. Made again only where the tensors of any rank are others than the last time."""
+        mine = signature(contents)
+        known = self._planned is not None and self._planned[0] == mine
+        if self._planned is None or not all(ranks.gather(known)):
+            self._planned = (mine, make_plan(contents, ranks))
+        return self._planned[1]
+
+    def _stage(self, contents: Contents, plan: Plan) -> Background:
+        """Collective."""
+        ranks = self._join()
+        if self._background is None:
+            self._background = Background(self._write)
+        background = self._background
+        stale = background.staging is None or background.staging.plan is not plan
+        if any(ranks.gather(stale)):
+            background.wait()
+            ranks.together(lambda: background.allocate(plan, lock=_on_gpu(contents)))
+        return background
+
+    def _write(self, snapshot: Snapshot, ranks: Ranks) -> Path:
+        path = write_checkpoint(self.folder, snapshot, ranks)
+        if ranks.rank == 0:
+            whole = [info.step for info in self.list() if info.problem is None]
+            prune(self.folder, self.retention, whole, just_saved=snapshot.step)
+        return path
 
     def _open(self, step_or_path: int | Path | None) -> Path:
         """The folder of a checkpoint whose manifest, sizes and state have been checked."""
         if step_or_path is None and (step_or_path := self.newest_whole()) is None:
             raise FileNotFoundError(f"no whole checkpoint in {self.folder}")
-        path = self._find(step_or_path) if isinstance(step_or_path, int) else Path(step_or_path)
-        manifest = Manifest.read(path)
-        problems = manifest.size_problems(path)
-        if not problems and checksum(path / STATE) != manifest.files[STATE].crc32:
-            problems = [f"{path / STATE} is damaged"]
-        if problems:
+        path = find_step(self.folder, step_or_path) if isinstance(step_or_path, int) else Path(step_or_path)
+        if problems := Manifest.read(path).quick_problems(path):
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             raise CheckpointError(f"checkpoint is not whole: {problems[0]}{more}; load another step")
         return path
 
-    def _make_temp(self, temp: Path) -> None:
-        self._clear_stale()
-        for part in PARTS:
-            (temp / part).mkdir(parents=True)
 
-    def _clear_stale(self) -> None:
-        """Removes what a killed save left, and brings back what a killed replacement had set aside."""
-        for path in self.folder.glob(".tmp-*"):
-            shutil.rmtree(path)
-        for path in self.folder.glob(".replaced-step-*"):
-            final = self.folder / path.name.removeprefix(".replaced-")
-            if final.exists():
-                shutil.rmtree(path)
-            else:
-                path.rename(final)
+def _stored(model: dict[str, Tensor], optimizer: dict[str, Tensor], ties: dict[str, str]) -> Contents:
+    return {"model": {name: tensor for name, tensor in model.items() if name not in ties}, "optimizer": optimizer}
 
-    def _commit(self, temp: Path, final: Path, manifest: Manifest) -> None:
-        if unseen := manifest.size_problems(temp):
-            raise CheckpointError(f"{unseen[0]}; all ranks must write to one shared file system")
-        write_durably(temp / MANIFEST, manifest.encode())
-        for folder in (*(temp / part for part in PARTS), temp):
-            fsync(folder)
-        aside = self.folder / f".replaced-{final.name}"
-        if final.exists():
-            final.rename(aside)
-        temp.rename(final)
-        fsync(self.folder)
-        if aside.exists():
-            shutil.rmtree(aside)
 
-    def _prune(self, just_saved: int) -> None:
-        """Broken checkpoints do not count as kept, and are left for a person to look at."""
-        whole = [info for info in self.list() if info.problem is None]
-        for info in whole[: -self.keep]:
-            if info.step == just_saved or (self.keep_every and info.step % self.keep_every == 0):
-                continue
-            doomed = self.folder / f".tmp-pruned-{info.path.name}"
-            try:
-                info.path.rename(doomed)  # so that a kill in the middle leaves no half checkpoint
-                shutil.rmtree(doomed)
-            except OSError as error:
-                log.warning("could not prune %s: %s", info.path, error)
+def _on_gpu(contents: Contents) -> bool:
+    return any(tensor.is_cuda for tensors in contents.values() for tensor in tensors.values())
