@@ -122,15 +122,15 @@ class TensorFiles:
             self._pieces.setdefault(name, []).append(Piece(path, start, at, shape))
 
 
-def open_checkpoint(folder: Path) -> TensorFiles:
-    """The model tensors of one of our checkpoints; tied names are left out, as in its files.
+def open_checkpoint(folder: Path, part: str = "model") -> TensorFiles:
+    """The tensors of one of our checkpoints, of its model or "optimizer"; tied names are left out, as in its files.
 
     Raises FileNotFoundError or ValueError where the checkpoint is not whole (contents are not read for this).
     """
     manifest = Manifest.read(folder)
     if problems := manifest.size_problems(folder):
         raise ValueError(f"checkpoint {folder} is not whole: {problems[0]}; use another step")
-    paths = [folder / name for name in manifest.files if name.startswith("model/")]
+    paths = [folder / name for name in manifest.files if name.startswith(f"{part}/")]
     return TensorFiles(paths, folder)
 
 
