@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_safetensors
 
 from data_pipeline.paths import write_atomic
+from data_pipeline.places import Shard
 
 FORMAT_VERSION = 1
 INDEX_SUFFIX = ".idx"
@@ -91,6 +92,14 @@ class ShardIndex:
         if size != self.shard_size:
             state = "truncated" if size < self.shard_size else "changed"
             raise ValueError(f"{shard}: {state}: {size} bytes, its index was made for {self.shard_size}; {cure}")
+        self.check_places(shard, cure)
+        with shard.open("rb") as file:
+            for document in sorted({0, len(self.offsets) - 1} if len(self.offsets) else ()):
+                self._check_header(document, file, shard, cure)
+
+    def check_places(self, shard: Path | str, cure: str) -> None:
+        """Refuse an index whose documents cannot lie in any tar of its size."""
+        size = self.shard_size
         if len({len(self.offsets), len(self.lengths), len(self.text_bytes), len(self.keys)}) != 1:
             raise ValueError(f"{shard}: its index has arrays of different lengths; {cure}")
         outside = (self.offsets < BLOCK) | (self.offsets > size) | (self.lengths < 0) | (self.lengths > size)
@@ -103,9 +112,14 @@ class ShardIndex:
                 f"{shard}: its index disagrees with it: document {first} at bytes {self.offsets[first]} to "
                 f"{ends[first]} of {size}; {cure}"
             )
+
+    def verify(self, shard: Path) -> None:
+        """Refuse an index that was not made for this file, to the last bit: its sha256 too."""
+        self.check(shard)
         with shard.open("rb") as file:
-            for document in sorted({0, len(self.offsets) - 1} if len(self.offsets) else ()):
-                self._check_header(document, file, shard, cure)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.sha256:
+            raise ValueError(f"{shard}: its sha256 is {found[:12]}..., its index was made for {self.sha256[:12]}...")
 
     def _check_header(self, document: int, file: IO[bytes], shard: Path, cure: str) -> None:
         offset, wanted = int(self.offsets[document]), self._key(document) + b".tokens"
@@ -208,21 +222,25 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + INDEX_SUFFIX)
 
 
-def load_index(shard: Path, dtype: str, advance: Callable[[int], None] = lambda _: None) -> ShardIndex:
+def load_index(shard: Shard, dtype: str, advance: Callable[[int], None] = lambda _: None) -> ShardIndex:
     """The checked index of a shard; one without an index is scanned (``advance`` is told how far), and the result
-    kept beside it where possible.
+    kept where it is looked for next time. Of a shard elsewhere, that fits its index is seen when it is fetched.
     """
-    path = index_path(shard)
+    path = shard.beside(INDEX_SUFFIX)
     if not path.is_file():
-        index = scan_shard(shard, dtype, advance)
-        if os.access(shard.parent, os.W_OK):
-            index.save(path)
+        with shard.local() as file:
+            index = scan_shard(file, dtype, advance)
+            if os.access(path.parent, os.W_OK):
+                index.save(path)
         return index
     index = ShardIndex.load(path)
-    index.check(shard)
+    if shard.url:
+        index.check_places(shard.name, f"index it again there, and remove {path}")
+    else:
+        index.check(shard.path)
     if index.dtype != dtype:
         raise ValueError(
-            f"{shard}: holds {index.dtype} tokens, {dtype} is expected for this vocabulary; the shard belongs to "
+            f"{shard.name}: holds {index.dtype} tokens, {dtype} is expected for this vocabulary; the shard belongs to "
             f"another tokenizer"
         )
     return index

@@ -1,5 +1,6 @@
 """Token shards as one list of documents, memory-mapped and addressed through their indexes."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -7,42 +8,54 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.index import ShardIndex, find_key, index_path, load_index
-from data_pipeline.paths import expand_paths
-from data_pipeline.progress import byte_bar
-from data_pipeline.shards import DatasetInfo, token_dtype
+from data_pipeline.cache import CacheOptions
+from data_pipeline.index import INDEX_SUFFIX, ShardIndex, find_key, load_index
+from data_pipeline.places import Shard, at_once, fetch_folders, find_shards, load_each
+from data_pipeline.shards import DATASET_FILE, DatasetInfo, token_dtype
+from data_pipeline.tokenizer import BESIDE, JSON
 
 
 class TokenDataset:
     """Documents of token shards, in the order of the shards and of the documents in them.
 
     Args:
-        shards: a path or pattern, or several: braces (``text-{000..127}.tar``) and globs (``train-*.tar``).
+        shards: a path, URL, command (``pipe:cat a.tar``) or pattern, or several: braces (``text-{000..127}.tar``) and
+            globs (``train-*.tar``).
         vocab_size: of the model's tokenizer; checked against the shards. Needed only for shards whose folder
             has no ``dataset.json``.
         progress: show a bar while shards without an index are scanned.
+        cache: where shards that are elsewhere are kept; each is fetched when a document of it is first read.
 
     Attributes:
         lengths: int64 [num_documents], tokens of each document. num_tokens: their sum.
-        paths: the shards. info: the folder's ``dataset.json``, or None.
+        paths: the shards; those elsewhere: where they lie once they are needed. names: as their user knows them.
+        info: the first folder's ``dataset.json``, or None.
 
     Raises:
         FileNotFoundError: a pattern matches nothing. ValueError: a shard is truncated, disagrees with its
-        index, or belongs to another vocabulary.
+        index, or belongs to another vocabulary. OSError: a shard elsewhere cannot be fetched; reading documents
+        raises these too.
     """
 
     def __init__(
-        self, shards: str | Path | Sequence[str | Path], *, vocab_size: int | None = None, progress: bool = True
+        self,
+        shards: str | Path | Sequence[str | Path],
+        *,
+        vocab_size: int | None = None,
+        progress: bool = True,
+        cache: CacheOptions | None = None,
     ) -> None:
         patterns = [shards] if isinstance(shards, str | Path) else list(shards)
-        self.paths = expand_paths(patterns, what="shards")
-        self.info = DatasetInfo.load(self.paths[0].parent)
+        self._files = find_shards(shards, cache)
+        self._elsewhere = any(shard.url for shard in self._files)
+        self.paths, self.names = [shard.path for shard in self._files], [shard.name for shard in self._files]
+        self.info = load_info(self._files)
         dtypes = {folder: _folder_dtype(folder, vocab_size) for folder in {path.parent for path in self.paths}}
         if len(set(dtypes.values())) > 1:
             raise ValueError(f"shards {patterns}: folders with different token dtypes {dtypes}; read them separately")
         self.dtype = dtypes[self.paths[0].parent]
         self.vocab_size = vocab_size or (self.info.vocab_size if self.info else 1 << 32)
-        self._indexes = self._load_indexes(progress)
+        self._indexes = load_each(self._checked_index, self._files, INDEX_SUFFIX, progress=progress)
         item = np.dtype(self.dtype).itemsize
         self.lengths = np.concatenate([index.lengths for index in self._indexes])
         self._starts = np.concatenate([index.offsets // item for index in self._indexes])
@@ -52,22 +65,20 @@ class TokenDataset:
             raise ValueError(f"shards {patterns}: {len(self.paths)} shards without a single token; build them again")
         self._maps: list[np.ndarray | None] = [None] * len(self.paths)
 
-    def _load_indexes(self, progress: bool) -> list[ShardIndex]:
-        bare = [path for path in self.paths if not index_path(path).is_file()]
-        total = sum(path.stat().st_size for path in bare)
-        what = f"indexing {len(bare)} shards"
-        with byte_bar(what, total, show=progress and bool(bare), keep=False) as advance:
-            return [self._checked_index(path, advance) for path in self.paths]
-
-    def _checked_index(self, path: Path, advance: Callable[[int], None]) -> ShardIndex:
-        index = load_index(path, self.dtype, advance)
+    def _checked_index(self, shard: Shard, advance: Callable[[int], None]) -> ShardIndex:
+        index = load_index(shard, self.dtype, advance)
         if index.max_token >= self.vocab_size:
             raise ValueError(
-                f"{path}: holds token {index.max_token}, the tokenizer's vocabulary has {self.vocab_size} "
-                f"(ids 0 to "
-                f"{self.vocab_size - 1}); use the tokenizer the shards were built with"
+                f"{shard.name}: holds token {index.max_token}, the tokenizer's vocabulary has {self.vocab_size} (ids 0 "
+                f"to {self.vocab_size - 1}); use the tokenizer the shards were built with"
             )
         return index
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for the same shards, to the bit, in the same order."""
+        digests = "".join(index.sha256 for index in self._indexes)
+        return hashlib.sha256(digests.encode()).hexdigest()
 
     @cached_property
     def num_text_bytes(self) -> int | None:
@@ -118,7 +129,8 @@ class TokenDataset:
             shards = np.zeros(len(documents), np.int64)
         else:
             shards = self.shards_of(documents)
-        maps = {shard: self._map(shard) for shard in set(shards.tolist())}
+        wanted = set(shards.tolist())
+        maps = self._fetched_maps(wanted) if self._elsewhere else {shard: self._map(shard) for shard in wanted}
         begins = self._starts[documents] + begins
         rows = zip(shards.tolist(), begins.tolist(), (begins + lengths).tolist(), strict=True)
         np.concatenate([maps[shard][begin:end] for shard, begin, end in rows], out=out)
@@ -128,12 +140,44 @@ class TokenDataset:
         if tokens is None:
             # torch's private mapping closes its descriptor, numpy's holds one open a shard: thousands of
             # shards work.
-            size = self._indexes[shard].shard_size // np.dtype(self.dtype).itemsize
+            index = self._indexes[shard]
+            size = index.shard_size // np.dtype(self.dtype).itemsize
             kind = torch.uint16 if self.dtype == "uint16" else torch.uint32
-            tokens = torch.from_file(str(self.paths[shard]), shared=False, size=size, dtype=kind).numpy()
+            with self._files[shard].local(index) as path:
+                tokens = torch.from_file(str(path), shared=False, size=size, dtype=kind).numpy()
             tokens.flags.writeable = False
             self._maps[shard] = tokens
         return tokens
+
+    def _fetched_maps(self, wanted: set[int]) -> dict[int, np.ndarray]:
+        """Maps of shards, of which some are elsewhere: those that are not there are fetched several at once."""
+        maps = {shard: tokens for shard in wanted if (tokens := self._maps[shard]) is not None}
+        missing = sorted(wanted - maps.keys())
+        numbers = {self._files[shard].name: shard for shard in missing}
+        for shard in maps:
+            self._files[shard].touch()
+        if missing:
+            fetched = at_once(lambda file: self._map(numbers[file.name]), [self._files[shard] for shard in missing])
+            maps.update(zip(missing, fetched, strict=True))
+            # A mapped file that was removed to make room still takes it.
+            for shard, file in enumerate(self._files):
+                if file.url and self._maps[shard] is not None and not file.path.exists():
+                    self._maps[shard] = None
+        return maps
+
+
+def load_info(shards: Sequence[Shard]) -> DatasetInfo | None:
+    """The ``dataset.json`` of the first shard's folder, or None; those of folders elsewhere and their tokenizers are
+    fetched.
+    """
+    fetch_folders(shards, lambda _: [DATASET_FILE])
+    infos = {folder: DatasetInfo.load(folder) for folder in {shard.path.parent for shard in shards}}
+    fetch_folders(shards, lambda shard: _tokenizer_files(infos[shard.path.parent]))
+    return infos[shards[0].path.parent]
+
+
+def _tokenizer_files(info: DatasetInfo | None) -> list[str]:
+    return [] if info is None else [f"{info.tokenizer}/{name}" for name in (JSON, *BESIDE)]
 
 
 def _folder_dtype(folder: Path, vocab_size: int | None) -> str:

@@ -17,6 +17,7 @@ from safetensors.numpy import save as save_safetensors
 from data_pipeline.images.decode import PictureError
 from data_pipeline.images.index import JSON, MAX_TEXT, PictureIndex, caption_of, read_json
 from data_pipeline.paths import write_atomic
+from data_pipeline.places import Shard
 from data_pipeline.tokenizer import Tokenizer
 
 TEXTS_AT_ONCE = 4096
@@ -137,12 +138,15 @@ def _read(file: IO[bytes], where: np.ndarray) -> bytes:
     return file.read(min(int(where[1]), MAX_TEXT + 1))
 
 
-def load_counts(shard: Path, index: PictureIndex, captioning: Captioning) -> CaptionCounts:
-    """The counts of a shard's captions; where there are none they are made, and kept beside it where possible."""
-    path = shard.with_name(f"{shard.name}.captions-{captioning.fingerprint[:16]}.idx")
+def load_counts(shard: Shard, index: PictureIndex, captioning: Captioning) -> CaptionCounts:
+    """The counts of a shard's captions; where there are none they are made, and kept where they are looked for next
+    time.
+    """
+    path = shard.beside(f".captions-{captioning.fingerprint[:16]}.idx")
     if path.is_file():
         return CaptionCounts.load(path, index)
-    counts = count_captions(shard, index, captioning)
-    if os.access(shard.parent, os.W_OK):
+    with shard.local(index) as file:
+        counts = count_captions(file, index, captioning)
+    if os.access(path.parent, os.W_OK):
         counts.save(path)
     return counts

@@ -1,18 +1,21 @@
 """Image-text shards as one list of samples, addressed through their indexes; nothing is extracted to disk."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.cache import CacheOptions
 from data_pipeline.images.captions import CaptionCounts, Captioning, load_counts
 from data_pipeline.images.decode import MAX_BYTES, MAX_PIXELS, PictureError, check_limits, decode
 from data_pipeline.images.form import PictureForm
-from data_pipeline.images.index import MAX_TEXT, PictureIndex, index_path, load_pictures
+from data_pipeline.images.index import MAX_TEXT, SUFFIX, PictureIndex, load_pictures
 from data_pipeline.images.problems import Problem, Skip
 from data_pipeline.index import find_key
-from data_pipeline.paths import expand_paths
-from data_pipeline.progress import byte_bar
+from data_pipeline.places import Shard, find_shards, load_each
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -20,7 +23,8 @@ class ImageTextDataset:
     """Usable samples of image-text shards, in the order of the shards and of the samples in them.
 
     Args:
-        shards: a path or pattern, or several: braces (``{00000..00127}.tar``) and globs (``train-*.tar``).
+        shards: a path, URL, command (``pipe:cat a.tar``) or pattern, or several: braces (``{00000..00127}.tar``) and
+            globs (``train-*.tar``).
         tokenizer: of the captions.
         placeholder: text that stands for the next picture in an interleaved document.
         image_first: a caption without a placeholder has its one picture before it; else after it.
@@ -28,16 +32,18 @@ class ImageTextDataset:
         on_problem: called with each sample that cannot be used: now with those that the indexes tell, later with those
             whose pictures turn out to be broken. ``Skip()`` counts and logs, ``fatal`` raises.
         progress: show a bar while shards without an index are read.
+        cache: where shards that are elsewhere are kept.
 
     Attributes:
-        num_samples: n. paths: the shards.
+        num_samples: n. paths: the shards; those elsewhere: where they lie when they are needed. names: as given.
         tokens: int64 [n], of each text, without the end-of-text token. labels: int64 [n], -1 where there is none.
         first: int64 [n + 1]; sample i has the pictures first[i] to first[i + 1] - 1 of m.
         sizes: int64 [m, 2], height and width of each picture. before: int64 [m], tokens of the text before it.
 
     Raises:
         FileNotFoundError: a pattern matches nothing. ValueError: a shard is truncated, has a member with a forbidden
-        name, disagrees with its index, or no sample can be used.
+        name, disagrees with its index, or no sample can be used. OSError: a shard elsewhere cannot be fetched; reading
+        samples raises these too.
     """
 
     def __init__(
@@ -51,29 +57,32 @@ class ImageTextDataset:
         max_bytes: int = MAX_BYTES,
         on_problem: Callable[[Problem], None] | None = None,
         progress: bool = True,
+        cache: CacheOptions | None = None,
     ) -> None:
         patterns = [shards] if isinstance(shards, str | Path) else list(shards)
         if not placeholder:
             raise ValueError("placeholder '': must be a text that stands for a picture, such as <image>")
-        self.paths = expand_paths(patterns, what="shards")
+        self._files = find_shards(shards, cache)
+        self.paths, self.names = [shard.path for shard in self._files], [shard.name for shard in self._files]
         self.tokenizer, self.max_pixels, self.max_bytes = tokenizer, max_pixels, max_bytes
         self.on_problem = Skip() if on_problem is None else on_problem
         self._captioning = Captioning(tokenizer, placeholder, image_first)
-        bare = [path for path in self.paths if not index_path(path).is_file()]
-        total = sum(path.stat().st_size for path in bare)
-        with byte_bar(f"indexing {len(bare)} shards", total, show=progress and bool(bare), keep=False) as advance:
-            self._indexes = [load_pictures(path, advance) for path in self.paths]
-            counts = [load_counts(*pair, self._captioning) for pair in zip(self.paths, self._indexes, strict=True)]
+        loaded = load_each(self._load, self._files, SUFFIX, progress=progress)
+        self._indexes, counts = [index for index, _ in loaded], [count for _, count in loaded]
         kept = [self._usable(shard, count) for shard, count in enumerate(counts)]
         self._collect(counts, kept)
         if not self.num_samples:
             raise ValueError(f"shards {patterns}: none of {len(self.paths)} shards has a sample that can be used")
 
+    def _load(self, shard: Shard, advance: Callable[[int], None]) -> tuple[PictureIndex, CaptionCounts]:
+        index = load_pictures(shard, advance)
+        return index, load_counts(shard, index, self._captioning)
+
     def _usable(self, shard: int, counts: CaptionCounts) -> np.ndarray:
         """Which samples of a shard can be used, as far as its index tells; the others are reported."""
-        index, path = self._indexes[shard], self.paths[shard]
-        problems = [Problem(str(path), key, why) for key, why in index.problems]
-        problems += [Problem(str(path), index.key(sample), why) for sample, why in counts.problems]
+        index, name = self._indexes[shard], self.names[shard]
+        problems = [Problem(name, key, why) for key, why in index.problems]
+        problems += [Problem(name, index.key(sample), why) for sample, why in counts.problems]
         usable = counts.tokens >= 0
         sizes = index.images[:, 1:]
         large = (sizes[:, 0] > self.max_bytes) | (sizes[:, 1] * sizes[:, 2] > self.max_pixels)
@@ -83,7 +92,7 @@ class ImageTextDataset:
             try:
                 check_limits(num_bytes, width, height, self.max_pixels, self.max_bytes)
             except PictureError as error:
-                problems.append(Problem(str(path), index.key(sample), str(error)))
+                problems.append(Problem(name, index.key(sample), str(error)))
             usable[sample] = False
         for problem in problems:
             self.on_problem(problem)
@@ -103,9 +112,16 @@ class ImageTextDataset:
         self.before = np.concatenate([c.before[own] for c, own in zip(counts, pictures, strict=True)]).astype(int)
         self._places, self.sizes = images[:, :2], images[:, 2:]
 
-    def shard_of(self, sample: int) -> Path:
-        """The shard that holds a sample."""
-        return self.paths[self._shards[sample]]
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal where the same files give the same samples: shards in the same order, tokenizer, limits."""
+        facts: list[object] = [[index.shard_size, index.ends] for index in self._indexes]
+        facts += [self._captioning.fingerprint, self.max_pixels, self.max_bytes]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def shard_of(self, sample: int) -> str:
+        """The shard that holds a sample, as its user knows it."""
+        return self.names[self._shards[sample]]
 
     def key(self, sample: int) -> str:
         """The sample's WebDataset key."""
@@ -133,7 +149,7 @@ class ImageTextDataset:
             try:
                 pieces.append(self._captioning.split(blob, int(index.kinds[number]), num_images))
             except PictureError as error:
-                problem = Problem(str(self.shard_of(sample)), self.key(sample), str(error))
+                problem = Problem(self.shard_of(sample), self.key(sample), str(error))
                 raise ValueError(f"{problem}; it changed since it was counted: remove the .idx files there") from error
         return self._captioning.tokens(pieces)
 
@@ -153,10 +169,10 @@ class ImageTextDataset:
 
     def report(self, sample: int, error: PictureError) -> None:
         """Hand a sample that turned out to be broken to ``on_problem``."""
-        self.on_problem(Problem(str(self.shard_of(sample)), self.key(sample), str(error)))
+        self.on_problem(Problem(self.shard_of(sample), self.key(sample), str(error)))
 
     def _read(self, sample: int, where: np.ndarray, most: int) -> bytes:
-        with self.shard_of(sample).open("rb") as file:
+        with self._files[self._shards[sample]].open(self.index(sample)) as file:
             file.seek(int(where[0]))
             return file.read(min(int(where[1]), most))
 

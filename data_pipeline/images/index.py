@@ -21,6 +21,7 @@ from safetensors.numpy import save as save_safetensors
 from data_pipeline.images.decode import PictureError, picture_size
 from data_pipeline.index import BLOCK, MEMBERS_AT_ONCE, check_end
 from data_pipeline.paths import write_atomic
+from data_pipeline.places import Shard
 
 FORMAT_VERSION = 1
 SUFFIX = ".images.idx"
@@ -97,9 +98,16 @@ class PictureIndex:
             raise ValueError(f"{shard}: {size} bytes, its index was made for {self.shard_size}; {cure}")
         if digest_ends(shard) != self.ends:
             raise ValueError(f"{shard}: its index was made for another file of the same size; {cure}")
+        self.check_places(shard, cure)
+
+    verify = check  # of whole files nothing more is known
+
+    def check_places(self, shard: Path | str, cure: str) -> None:
+        """Refuse an index whose members cannot lie in any tar of its size."""
         for members in (self.texts, self.images):
             begin, length = members[:, 0], members[:, 1]
-            if ((begin < BLOCK) | (begin % BLOCK != 0) | (length < 0) | (length > size - begin)).any():
+            outside = (begin < BLOCK) | (begin % BLOCK != 0) | (length < 0) | (length > self.shard_size - begin)
+            if outside.any():
                 raise ValueError(f"{shard}: its index disagrees with it: a member lies outside the tar; {cure}")
 
 
@@ -248,14 +256,20 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + SUFFIX)
 
 
-def load_pictures(shard: Path, advance: Callable[[int], None] = lambda _: None) -> PictureIndex:
-    """The checked index of a shard; where there is none it is made, and kept beside the shard where possible."""
-    path = index_path(shard)
+def load_pictures(shard: Shard, advance: Callable[[int], None] = lambda _: None) -> PictureIndex:
+    """The checked index of a shard; where there is none it is made, and kept where it is looked for next time. Of a
+    shard elsewhere, that fits its index is seen when it is fetched.
+    """
+    path = shard.beside(SUFFIX)
     if path.is_file():
         index = PictureIndex.load(path)
-        index.check(shard)
+        if shard.url:
+            index.check_places(shard.name, f"index it again there, and remove {path}")
+        else:
+            index.check(shard.path)
         return index
-    index = scan_pictures(shard, advance)
-    if os.access(shard.parent, os.W_OK):
-        index.save(path)
+    with shard.local() as file:
+        index = scan_pictures(file, advance)
+        if os.access(path.parent, os.W_OK):
+            index.save(path)
     return index
