@@ -3,12 +3,13 @@
     magic   record   record   ...
     record: kind, step, first sample, number of entries, bytes, CRC-32 (little-endian, 33 bytes) and the bytes, zlib
         kind 1  the sources, JSON: their numbers in later records are places in this list
-        kind 2  a step: columns row, source, document, offset, each in the least unsigned type that holds it, byte by byte
+        kind 2  a step: columns row, source, document, offset, in the least unsigned types that hold them, byte by byte
 
 A record that was torn by a crash ends the file, and is written over.
 """
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -77,6 +78,10 @@ class Ledger:
     def _write(self, kind: int, step: int, first: int, count: int, content: bytes) -> None:
         packed = zlib.compress(content, FASTEST)
         self._file.write(HEAD.pack(kind, step, first, count, len(packed), zlib.crc32(packed)) + packed)
+
+    def sync(self) -> None:
+        """Make what was appended survive a power cut."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from data_pipeline.ledger import Record
-from data_pipeline.pack import ImageSamples, Samples, SampleStream
+from data_pipeline.pack import ImageSamples, Samples, SourceStream
 from data_pipeline.timeline import Timeline
 
 
@@ -34,7 +34,7 @@ class MixedStream:
         ValueError: sources whose samples differ in S, P or D.
     """
 
-    def __init__(self, streams: Mapping[str, SampleStream], timeline: Timeline) -> None:
+    def __init__(self, streams: Mapping[str, SourceStream], timeline: Timeline) -> None:
         self.streams, self.timeline = streams, timeline
         lengths = [stream.seq_len for stream in streams.values()]
         if len(set(lengths)) > 1:
@@ -45,7 +45,7 @@ class MixedStream:
         self._patch_shape = next(iter(shapes), None)
         self.seq_len = lengths[0]
 
-    def _stream(self, number: int) -> SampleStream:
+    def _stream(self, number: int) -> SourceStream:
         name = self.timeline.names[number]
         if name not in self.streams:
             raise ValueError(f"source {name!r} is no longer in the mixture; name it in data.sources to read it again")

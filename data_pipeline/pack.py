@@ -58,6 +58,10 @@ class SampleStream(Protocol):
 
     def read(self, start: int, count: int) -> Samples | ImageSamples: ...
 
+
+class SourceStream(SampleStream, Protocol):
+    """A stream of one source, which knows what its samples are made of."""
+
     def documents(self, start: int, count: int) -> Entries: ...
 
 
@@ -206,7 +210,6 @@ class TokenStream:
             kept = {key: value for key, value in self._epochs.items() if key == epoch - 1}
             self._epochs = {**kept, epoch: cached}
         return cached
-
 
     def _order(self, epoch: int, count: int) -> np.ndarray:
         """The epoch's documents, each once."""

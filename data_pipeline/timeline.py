@@ -44,7 +44,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Sources ``numbers`` [K] of weights [K] (sum 1) from sample ``start`` to before ``end``; ``taken`` [all] before."""
+    """Sources ``numbers`` [K] of weights [K] (sum 1) for samples ``start`` to ``end`` - 1; ``taken`` [all] before."""
 
     start: int
     end: float
@@ -156,8 +156,8 @@ class Timeline:
         for share in shares:
             if known.get(share.name, share.data) != share.data:
                 raise ValueError(
-                    f"source {share.name!r} holds other data than when it was last read: some of its samples would come "
-                    "twice and others never; restore it, or give the new data another data.sources.name"
+                    f"source {share.name!r} holds other data than when it was last read: some of its samples would "
+                    "come twice and others never; restore it, or give the new data another data.sources.name"
                 )
         if tuple(shares) == self.shares:
             return self

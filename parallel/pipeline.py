@@ -105,6 +105,8 @@ class Pipeline:
                 exhausted = batch is None
                 if batch is not None:
                     under_way.append(_Traveller(batch))
+                    # A loss that is one sum a document has their number on every process.
+                    totals = {name: total + batch.get("sums", 0.0) for name, total in totals.items()}
             if exhausted and not under_way:
                 return totals if slot else {}
             for traveller in under_way:

@@ -50,7 +50,13 @@ class SourceConfig(Section):
     """One of `[[data.sources]]`"""
 
     shards: str = Field(description="Shards of text or of pictures with text: a path or glob; {000..127} is expanded")
-    weight: float = Field(1.0, gt=0, description="Share of samples, over the sum of all sources' weights")
+    name: str = Field("", description="What the run remembers the source by; empty: its shards")
+    weight: float | tuple[tuple[int, float], ...] = Field(
+        1.0,
+        description="Share of samples, over the sum of all sources' weights; [[0, 1.0], [1000000, 0.5]]: another one "
+        "from so many tokens of the run on",
+    )
+    epochs: float = Field(0.0, ge=0, description="Times that the source is read at most; 0: without end")
 
 
 class PicturesConfig(Section):
@@ -75,6 +81,15 @@ class DataConfig(Section):
 
     seq_len: int = Field(512, gt=0, description="Tokens of one sample")
     sources: tuple[SourceConfig, ...] = Field((), description="Where samples come from; none: a small built-in text")
+    temperature: float = Field(
+        0.0,
+        ge=0,
+        description="Also weigh a source by its samples ** (1 / temperature): 1 as large, above: flatter; 0: no",
+    )
+    shuffle_shards: int = Field(
+        0, ge=0, description="Text shards whose documents are shuffled together, as many as a cache holds; 0: all"
+    )
+    skip: str = Field("", description="File of documents to leave out, a line each as `pretrain data ledger` prints it")
     patches: int = Field(0, ge=0, description="Image patches of one sample, all pictures together; 0: text alone")
     pictures: PicturesConfig = Field(PicturesConfig(), description="What becomes of pictures")
     prefetch: int = Field(2, ge=0, description="Steps read ahead in a background thread")
@@ -117,6 +132,11 @@ class LogConfig(Section):
     """`[log]`"""
 
     every: int = Field(10, gt=0, description="Steps between console lines and TensorBoard points")
+    spike: float = Field(
+        8.0,
+        ge=0,
+        description="Robust z-score, over the last 100 steps, of a loss whose step's documents are logged; 0: never",
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard scalars into the run's folder")
 
 

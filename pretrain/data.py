@@ -1,7 +1,7 @@
 """The run's data: its shards, or a small built-in text when the recipe names none."""
 
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ from typing import Any
 from data_pipeline.build import TrainTokenizer, build
 from data_pipeline.images.dataset import ImageTextDataset
 from data_pipeline.images.form import PictureForm
+from data_pipeline.images.labels import LabelStream, as_tokenizer
 from data_pipeline.images.pairs import PairStream
 from data_pipeline.images.problems import Skip, fatal
 from data_pipeline.images.stream import ImageTextStream
-from data_pipeline.mix import MixedStream
-from data_pipeline.pack import SampleStream, TokenStream
+from data_pipeline.pack import TokenStream
 from data_pipeline.paths import expand_paths
 from data_pipeline.reader import TokenDataset
 from data_pipeline.sources.stdlib import tiny_files
@@ -33,23 +33,16 @@ def open_datasets(config: RunConfig, on_first: OnFirst) -> list[Dataset]:
     return [_open(config, str(folder / "train-*.tar"))]
 
 
-def open_stream(config: RunConfig, datasets: list[Dataset]) -> SampleStream:
-    """The training samples: those of one source, or of all mixed by weight."""
-    streams = [make_stream(config, dataset) for dataset in datasets]
-    if len(streams) == 1:
-        return streams[0]
-    weights = [source.weight for source in config.data.sources]
-    return MixedStream(list(zip(streams, weights, strict=True)), seed=config.run.seed)
-
-
 def make_stream(
-    config: RunConfig, dataset: Dataset, shuffle: bool = True
+    config: RunConfig, dataset: Dataset, shuffle: bool = True, skipped: Sequence[int] = ()
 ) -> TokenStream | ImageTextStream | PairStream:
     """Samples of a dataset, as the recipe's model takes them."""
-    options: Any = {"seq_len": config.data.seq_len, "seed": config.run.seed, "shuffle": shuffle}
+    options: Any = {"seq_len": config.data.seq_len, "seed": config.run.seed, "shuffle": shuffle, "skipped": skipped}
     if isinstance(dataset, TokenDataset):
-        return TokenStream(dataset, **options)
+        return TokenStream(dataset, **options, together=config.data.shuffle_shards)
     options["workers"] = config.data.pictures.workers
+    if reads_classes(config):
+        return LabelStream(dataset, picture_form(config), **options)
     if config.objective.name == "contrastive":
         return PairStream(dataset, picture_form(config), **options)
     return ImageTextStream(dataset, picture_form(config), patches=config.data.patches, **options)
@@ -107,20 +100,28 @@ def open_held_out(config: RunConfig) -> Dataset:
 
 
 def _open(config: RunConfig, shards: str) -> Dataset:
+    classes = as_tokenizer(config.model.classes) if reads_classes(config) else None
     if not has_pictures(shards):
+        if classes is not None:
+            raise ValueError(f'{shards} hold text, but objective.name = "classification" needs pictures; name others')
         return TokenDataset(shards, vocab_size=config.model.vocab_size or None)
     if not config.data.patches:
         raise ValueError(f"{shards} hold pictures, but data.patches = 0; set how many patches a sample has")
-    if not config.tokenizer.path:
+    if not config.tokenizer.path and classes is None:
         raise ValueError(f"{shards} hold pictures and text, but tokenizer.path is not set; name the text's tokenizer")
     pictures = config.data.pictures
     return ImageTextDataset(
         shards,
-        load_tokenizer(config.tokenizer.path),
+        classes or load_tokenizer(config.tokenizer.path),
         placeholder=pictures.placeholder,
         image_first=pictures.image_first,
         on_problem=fatal if pictures.broken == "fatal" else Skip(),
     )
+
+
+def reads_classes(config: RunConfig) -> bool:
+    """Whether captions are names of classes, and not text for a tokenizer."""
+    return bool(config.objective.name == "classification")
 
 
 def has_pictures(shards: str) -> bool:
@@ -140,6 +141,10 @@ def with_tokenizer(config: RunConfig) -> RunConfig:
     """
     if not config.tokenizer.path:
         return config
+    if reads_classes(config):
+        raise ValueError(
+            f"tokenizer.path = {config.tokenizer.path!r}: captions are names of model.classes, not text; leave it out"
+        )
     needed = load_tokenizer(config.tokenizer.path).vocab_size
     if config.model.vocab_size and config.model.vocab_size < needed:
         raise ValueError(

@@ -4,7 +4,7 @@ import json
 import math
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 from checkpoints.collective import Ranks
-from checkpoints.manifest import Manifest
-from checkpoints.state import rng_state, set_rng_state
+from checkpoints.state import rng_state
 from checkpoints.store import CheckpointStore
+from data_pipeline.ledger import Ledger
 from data_pipeline.loader import Loader
+from data_pipeline.mix import MixedStream
 from parallel.engine import Batch, Engine, EngineSpec, make_engine
 from parallel.hardware import device_peak_flops
 from parallel.mesh import axes_across_nodes, resolve_degrees
 from parallel.world import World
 from pretrain.agree import check_agreement
 from pretrain.compile import decide_compile
-from pretrain.config import RunConfig, flat_config, load_run_config, write_config
+from pretrain.config import RunConfig, write_config
 from pretrain.data import (
-    check_tokenizer,
+    Dataset,
     describe_packing,
     keep_tokenizer,
     open_datasets,
     open_held_out,
-    open_stream,
     with_tokenizer,
     with_vocabulary,
 )
@@ -38,19 +38,32 @@ from pretrain.environment import describe_environment
 from pretrain.evaluate import held_out_loss
 from pretrain.lock import RunLock
 from pretrain.metrics import HostCopy, Metrics
+from pretrain.mixture import open_stream, source_names
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
 from pretrain.optim import build_optimizer
+from pretrain.resume import Position, check_changes, check_resume, resume
 from pretrain.router_health import RouterHealth
 from pretrain.schedule import learning_rate
+from pretrain.spikes import SPIKES, Spikes, document_losses, write_spike
+
+LEDGER = "ledger.bin"
 
 
-@dataclass
-class Position:
-    """How far the run has got: what a resume needs beside the engine's state."""
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with. metrics, ledger: on rank 0 alone."""
 
-    step: int = 0  # optimizer steps taken
-    cursor: int = 0  # global index of the next sample
+    config: RunConfig
+    engine: Engine
+    objective: Any
+    datasets: list[Dataset]
+    held_out: Dataset | None
+    stream: MixedStream
+    loader: Loader
+    store: CheckpointStore
+    metrics: Metrics | None
+    ledger: Ledger | None
 
 
 def train(config: RunConfig, world: World, resume_command: str = "the same command") -> Position:
@@ -87,6 +100,34 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
         return Position(found)
 
     changes = ranks.on_first(lambda: check_changes(config, datasets, found))
+    objective, engine = start_engine(config, world)
+    afresh = any(change.startswith("optim.freeze ") for change in changes)
+    position = Position() if found is None else resume(store, found, engine, world, afresh)
+    if found is not None:
+        _say(world, f"resuming {run_dir} at step {position.step}")
+        for change in changes:
+            _say(world, f"changed since the last start: {change}")
+        if afresh:
+            _say(world, "other parameters are trained now: the optimizer's state starts anew")
+    stream = open_stream(config, datasets, position.mixture, position.cursor)
+    for line in describe_packing(config, datasets, engine.data_world) if world.rank == 0 else ():
+        print(line, flush=True)
+    ranks.on_first(lambda: record_run(config, datasets, world, position.step, changes))
+    with ExitStack() as opened:
+        opened.callback(engine.close)
+        loader = opened.enter_context(make_loader(config, engine, stream, position.cursor))
+        metrics = ledger = None
+        if world.rank == 0:
+            metrics = start_metrics(config, world, position)
+            opened.callback(metrics.close)
+            ledger = opened.enter_context(Ledger(run_dir / LEDGER, position.step, stream.timeline.names))
+        run = Run(config, engine, objective, datasets, held_out, stream, loader, store, metrics, ledger)
+        loop(run, position, resume_command)
+    return position
+
+
+def start_engine(config: RunConfig, world: World) -> tuple[Any, Engine]:
+    """The objective, and the engine with initial weights; rank 0 says what was chosen."""
     objective = OBJECTIVES[config.objective.name][1](config.objective)
     # Of the whole run, not of what is left of it: a resume must compute what the uninterrupted run would.
     flops = _flops_a_step(config) * config.train.steps / world.size
@@ -102,78 +143,70 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
     _say(world, f"compile: {'on' if compiling else 'off'} ({why})")
     if compiling:
         objective.compile()
-    engine = build_engine(config, world, objective, compiling)
-    afresh = any(change.startswith("optim.freeze ") for change in changes)
-    position = Position() if found is None else resume(store, found, engine, world, afresh)
-    if found is not None:
-        _say(world, f"resuming {run_dir} at step {position.step}")
-        for change in changes:
-            _say(world, f"changed since the last start: {change}")
-        if afresh:
-            _say(world, "other parameters are trained now: the optimizer's state starts anew")
-    loader = Loader(
-        open_stream(config, datasets),
+    return objective, build_engine(config, world, objective, compiling)
+
+
+def make_loader(config: RunConfig, engine: Engine, stream: MixedStream, cursor: int) -> Loader:
+    """This process's part of the steps from sample `cursor` on."""
+    return Loader(
+        stream,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         rank=engine.data_rank,
         world=engine.data_world,
-        cursor=position.cursor,
+        cursor=cursor,
         prefetch=config.data.prefetch,
     )
-    for line in describe_packing(config, datasets, engine.data_world) if world.rank == 0 else ():
-        print(line, flush=True)
-    ranks.on_first(lambda: record_run(config, datasets, world, position.step, changes))
-    metrics = start_metrics(config, world, position) if world.rank == 0 else None
-    try:
-        loop(config, engine, objective, loader, store, metrics, held_out, position, resume_command)
-    finally:
-        loader.close()
-        if metrics is not None:
-            metrics.close()
-        engine.close()
-    return position
 
 
-def loop(
-    config: RunConfig,
-    engine: Engine,
-    objective: Any,
-    loader: Loader,
-    store: CheckpointStore,
-    metrics: Metrics | None,
-    held_out: Any,
-    position: Position,
-    resume_command: str,
-) -> None:
+def loop(run: Run, position: Position, resume_command: str) -> None:
     """Steps until the end or a signal; evaluates and saves when due. `position` is moved along."""
+    config, metrics = run.config, run.metrics
     total = config.train.steps
     last = min(config.train.stop_at or total, total)
-    first = position.step
+    first, batch_size = position.step, config.train.global_batch
+    position.mixture = run.stream.timeline.state()
+    spikes = Spikes(config.log.spike)
     stopping = False
     with stop_requests() as requested:
         previous = HostCopy({})
         while position.step < last and not stopping:
-            microbatches, cursor = next(loader)
-            batches = [objective.collate(batch) for batch in microbatches]
+            microbatches, cursor = next(run.loader)
+            batches = [run.objective.collate(batch) for batch in microbatches]
             if position.step == first and metrics is not None:
-                metrics.print(f"attention: {describe_attention(config, objective, batches[0], metrics.device)}")
+                metrics.print(f"attention: {describe_attention(config, run.objective, batches[0], metrics.device)}")
             lr = learning_rate(config.schedule, position.step, total, config.optim.lr)
-            values, stop = train_step(engine, objective, batches, lr, bool(requested))
+            values, stop = train_step(run.engine, run.objective, batches, lr, bool(requested))
+            if run.ledger is not None:
+                run.ledger.append(position.step + 1, position.cursor, run.stream.documents(position.cursor, batch_size))
             # The step before is looked at now, while the device works on this one: nobody waits.
-            stopping = check_step(previous, position.step, store)
+            numbers = check_step(previous, position.step, run.store)
+            stopping = bool(numbers.get("stop"))
+            if score := spikes.score(numbers.get("loss")):
+                report_spike(run, position.step, position.cursor - batch_size, numbers["loss"], score)
             position.step, position.cursor = position.step + 1, cursor
             previous = HostCopy({**values, "stop": stop})
             if metrics is not None:
                 metrics.log(position.step, values)
             due = [every and position.step % every == 0 for every in (config.eval.every, config.checkpoint.every)]
-            if held_out is not None and (due[0] or position.step == last):
-                evaluate(engine, objective, held_out, config, metrics, position.step)
+            if run.held_out is not None and (due[0] or position.step == last):
+                evaluate(run, position.step)
             if due[1] or position.step == last or stopping:
-                check_step(previous, position.step, store)
-                save(store, engine, position, metrics)
+                check_step(previous, position.step, run.store)
+                save(run, position)
     if position.step < total and metrics is not None:
         why = f"by a signal; resume with: {resume_command}" if stopping else "as train.stop_at says; resume without it"
         metrics.print(f"stopped at step {position.step} of {total} {why}")
+
+
+def report_spike(run: Run, step: int, first: int, loss: float, score: float) -> None:
+    """Name the documents of a step whose loss stands out, with their losses as the model sees them now. Collective."""
+    with nullcontext() if run.metrics is None else run.metrics.paused():
+        found = document_losses(run.engine, run.objective, run.stream, run.config, first)
+    if run.metrics is not None:
+        datasets = dict(zip(source_names(run.config), run.datasets, strict=True))
+        write_spike(Path(run.config.run.dir), step, loss, score, found, run.stream.timeline.names, datasets)
+        run.metrics.print(f"loss {loss:.4f} of step {step} stands out ({score:.0f} deviations): see {SPIKES}")
 
 
 def train_step(
@@ -191,9 +224,9 @@ def train_step(
     return {**sums, "lr": lr, "grad_norm": norm}, stopping
 
 
-def check_step(values: HostCopy, step: int, store: CheckpointStore) -> bool:
-    """Whether any rank had been asked to stop at `step`. Raises ValueError where its loss or gradient is not finite:
-    nothing good can follow, and no checkpoint of it may push out a good one.
+def check_step(values: HostCopy, step: int, store: CheckpointStore) -> dict[str, float]:
+    """The numbers of `step`, alike on all ranks; "stop": any was asked to. Raises ValueError where its loss or gradient
+    is not finite: nothing good can follow, and no checkpoint of it may push out a good one.
     """
     numbers = values.read()
     broken = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers.get(name, 0.0))]
@@ -204,7 +237,7 @@ def check_step(values: HostCopy, step: int, store: CheckpointStore) -> bool:
         )
         error.on_all_ranks = True  # type: ignore[attr-defined]  # the numbers are sums over all ranks
         raise error
-    return bool(numbers.get("stop"))
+    return numbers
 
 
 def build_engine(config: RunConfig, world: World, objective: Any, compiling: bool = False) -> Engine:
@@ -245,88 +278,37 @@ def describe_attention(config: RunConfig, objective: Any, batch: Any, device: to
     return str(objective.describe(batch, config.model, config.train.precision, device))
 
 
-def check_resume(config: RunConfig, store: CheckpointStore) -> int | None:
-    """Step of the checkpoint to continue from, or None for a new run, as `run.resume` allows."""
-    found = store.newest_whole()
-    if found is None and (broken := store.list()):
-        raise ValueError(
-            f"{store.folder} has {len(broken)} checkpoints and none is whole ({broken[-1].problem}); restore one, or "
-            "choose another run.dir to start anew"
-        )
-    if found is None and config.run.resume == "must":
-        raise FileNotFoundError(f'run.resume = "must", but {store.folder} has no whole checkpoint; check run.dir')
-    if found is not None and config.run.resume == "never":
-        raise ValueError(
-            f'run.resume = "never", but {config.run.dir} holds a run at step {found}; choose another run.dir'
-        )
-    if found is not None and found > config.train.steps:
-        raise ValueError(
-            f"train.steps = {config.train.steps}, but {config.run.dir} is at step {found} already; raise train.steps "
-            "or choose another run.dir"
-        )
-    return found
-
-
-def resume(store: CheckpointStore, step: int, engine: Engine, world: World, afresh: bool = False) -> Position:
-    """Fill the engine from a checkpoint. One without optimizer state (an import), or `afresh` (other parameters are
-    trained now), starts a fresh optimizer.
-    """
-    state = engine.state_dict()
-    path = store.folder / f"step-{step:08d}"
-    optimizer = state["optimizer"] if Manifest.read(path).tensors["optimizer"] and not afresh else None
-    extra = store.load(step, state["model"], optimizer)
-    engine.load_state_dict(state)
-    if len(extra["ranks"]) == world.size and extra["ranks"][world.rank]:
-        set_rng_state(extra["ranks"][world.rank]["rng"])
-    return Position(extra["step"], extra.get("cursor", 0))
-
-
-def save(store: CheckpointStore, engine: Engine, position: Position, metrics: Metrics | None) -> None:
+def save(run: Run, position: Position) -> None:
     """Write a checkpoint; a failure ends the run, with the earlier ones untouched."""
-    state = engine.state_dict()
-    extra = {"cursor": position.cursor}
+    state = run.engine.state_dict()
+    extra = {"cursor": position.cursor, "mixture": position.mixture}
+    if run.ledger is not None:
+        run.ledger.sync()
 
     def write() -> Path:
-        return store.save(
-            position.step, state["model"], state["optimizer"], extra, ties=engine.ties, rank_state={"rng": rng_state()}
+        return run.store.save(
+            position.step,
+            state["model"],
+            state["optimizer"],
+            extra,
+            ties=run.engine.ties,
+            rank_state={"rng": rng_state()},
         )
 
-    if metrics is None:
+    if run.metrics is None:
         write()
         return
-    with metrics.paused():
+    with run.metrics.paused():
         path = write()
-    metrics.print(f"saved {path}")
+    run.metrics.print(f"saved {path}")
 
 
-def evaluate(
-    engine: Engine, objective: Any, held_out: Any, config: RunConfig, metrics: Metrics | None, step: int
-) -> None:
-    if metrics is None:
-        held_out_loss(engine, objective, held_out, config)
-        return
-    with metrics.paused():
-        values = held_out_loss(engine, objective, held_out, config)
-    metrics.log_eval(step, values)
-
-
-def check_changes(config: RunConfig, datasets: Any, found: int | None) -> list[str]:
-    """Settings that differ from the last start of the run, one line each. Raises ValueError for those that would give
-    the saved position another meaning, and for another tokenizer.
-    """
-    run_dir = Path(config.run.dir)
-    check_tokenizer(config, datasets, run_dir)
-    if not found or not (run_dir / "config.toml").is_file():
-        return []
-    before, after = flat_config(load_run_config(run_dir)), flat_config(config)
-    for key in ("run.seed", "data.seq_len"):
-        if before[key] != after[key]:
-            raise ValueError(
-                f"{key} = {after[key]}, but {run_dir} was started with {before[key]}, and its place in the data counts "
-                f"on that; set it back, or choose another run.dir"
-            )
-    keys = dict.fromkeys([*before, *after])
-    return [f"{k} {before.get(k)!r} -> {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
+def evaluate(run: Run, step: int) -> None:
+    assert run.held_out is not None
+    with nullcontext() if run.metrics is None else run.metrics.paused():
+        values = held_out_loss(run.engine, run.objective, run.held_out, run.config)
+    if run.metrics is not None:
+        run.metrics.log_eval(step, values)
 
 
 def record_run(config: RunConfig, datasets: Any, world: World, step: int, changes: list[str]) -> None:

@@ -38,7 +38,7 @@ class CausalObjective:
     `loss` returns.
     """
 
-    sequence = ("tokens", "targets", "positions", "slots")
+    sequence = ("tokens", "targets", "positions", "slots", "numbers")
 
     def __init__(self, config: CausalConfig):
         self.config = config
@@ -61,6 +61,12 @@ class CausalObjective:
         if self.config.image_attention == "both" and "spans" in batch:
             mask = replace(mask, spans=batch["spans"])
         return {**kept, "mask": mask}
+
+    def by_document(self, batch: MicroBatch, numbers: Tensor, total: int, dtype: torch.dtype) -> MicroBatch:
+        """A collated batch whose `loss` is one sum a document: [total]. numbers: of the document of each token [B, S],
+        -1 for none.
+        """
+        return {**batch, "numbers": numbers, "sums": torch.zeros(total, dtype=dtype)}
 
     def describe(self, batch: MicroBatch, model: Any, precision: str, device: torch.device) -> str:
         """For the log: which attention back end this batch takes, and why."""
@@ -88,7 +94,7 @@ class CausalObjective:
 
     def loss(self, model: Any, hidden: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         """Sums over the micro-batch. "loss" is what is differentiated; the others are its parts, for the log."""
-        nll, z_sum = chunked_cross_entropy(
+        nll, z_sum, losses = chunked_cross_entropy(
             hidden,
             model.head.weight,
             batch["targets"],
@@ -97,6 +103,11 @@ class CausalObjective:
             chunk_tokens=self.config.chunk_tokens,
             chunk=self._chunk,
         )
+        if "numbers" in batch:
+            of_any = torch.where(batch["numbers"] >= 0, losses, 0.0).to(batch["sums"].dtype)
+            index = batch["numbers"].clamp(min=0).flatten().long()
+            sums = torch.zeros_like(batch["sums"]).index_add(0, index, of_any.flatten())
+            return dict.fromkeys(self.sums, sums)
         if not self.config.z_loss:
             return {"loss": nll}
         return {"loss": nll + z_sum, "cross_entropy": nll.detach(), "z_loss": z_sum.detach()}

@@ -127,7 +127,7 @@ class ContrastiveObjective:
         """own [n, D] against everyone [N, D + 1], of which own sample i belongs with first + i."""
         rows = torch.cat((own, own.new_ones(len(own), 1)), dim=1)
         targets = torch.arange(first, first + len(own), device=own.device).where(valid, IGNORED)
-        loss, _ = chunked_cross_entropy(
+        loss, _, _ = chunked_cross_entropy(
             rows[None], everyone, targets[None], chunk_tokens=self.config.chunk_rows, chunk=self._chunk
         )
         return loss
@@ -140,7 +140,7 @@ def sigmoid_chunk(logits: Tensor, targets: Tensor, softcap: float, z_loss: float
     sign = (columns == targets[:, None]).to(logits.dtype) * 2 - 1
     sign = sign.masked_fill((targets == IGNORED)[:, None], 0.0)
     signed = sign * logits
-    loss = torch.where(sign == 0, 0.0, F.softplus(-signed)).sum()
+    loss = torch.where(sign == 0, 0.0, F.softplus(-signed)).sum(1)
     return loss, torch.zeros_like(loss), -sign * torch.sigmoid(-signed)
 
 

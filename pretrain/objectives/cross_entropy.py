@@ -20,7 +20,7 @@ from pretrain.models.layers.linear import product_dtype
 
 IGNORED = -100  # target of a position that has no loss
 
-ChunkResult = tuple[Tensor, Tensor, Tensor]  # sum of cross entropy, sum of z-loss, gradient of their sum by the logits
+ChunkResult = tuple[Tensor, Tensor, Tensor]  # cross entropy [N], z-loss [N], gradient of their sum by the logits [N, V]
 
 
 class Vocabulary(NamedTuple):
@@ -48,14 +48,14 @@ def chunk_loss(logits: Tensor, targets: Tensor, softcap: float, z_loss: float, p
     of_target = torch.where(held, wide.gather(-1, torch.where(held, index, 0)), 0.0)
     if part.mesh is not None:
         log_z, of_target = _over_parts(log_z, of_target, part)
-    nll = torch.where(valid, (log_z - of_target)[:, 0], 0.0).sum()
-    z_sum = torch.where(valid, log_z[:, 0].square(), 0.0).sum() * z_loss
+    nll = torch.where(valid, (log_z - of_target)[:, 0], 0.0)
+    z = torch.where(valid, log_z[:, 0].square() * z_loss, 0.0)
     # d nll = softmax - onehot; d z_loss = 2 z log_z softmax
     vocabulary = torch.arange(wide.shape[-1], device=wide.device)
     grad = torch.exp(wide - log_z) * (1 + 2 * z_loss * log_z) - (vocabulary == index).to(wide.dtype)
     if softcap:
         grad = grad * (1 - capped.square())
-    return nll, z_sum, torch.where(valid[:, None], grad, 0.0).to(logits.dtype)
+    return nll, z, torch.where(valid[:, None], grad, 0.0).to(logits.dtype)
 
 
 def _over_parts(log_z: Tensor, of_target: Tensor, part: Vocabulary) -> tuple[Tensor, Tensor]:
@@ -77,29 +77,30 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         chunk: Callable[..., ChunkResult],
         needs_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [N / size, E], this process's rows; targets [size, N / size], those of all the group's rows."""
         dtype = product_dtype(hidden)
         matrix = weight.to(dtype)
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
         weight_grad = torch.zeros_like(weight) if needs_grad else None
-        nll = torch.zeros((), dtype=torch.promote_types(torch.float32, dtype), device=hidden.device)
-        z_sum = torch.zeros_like(nll)
+        losses = torch.zeros(targets.shape, dtype=torch.promote_types(torch.float32, dtype), device=hidden.device)
+        z_sum = losses.new_zeros(())
         step = max(1, chunk_tokens // part.size)
         for start in range(0, hidden.shape[0], step):
             rows = slice(start, start + step)
             inputs = _gather_rows(hidden[rows].to(dtype), part)
             part_nll, part_z, grad = chunk(inputs @ matrix.T, targets[:, rows].flatten(), softcap, z_loss, part)
-            nll += part_nll
-            z_sum += part_z
+            losses[:, rows] = part_nll.view(part.size, -1)
+            z_sum += part_z.sum()
             if hidden_grad is not None and weight_grad is not None:
                 hidden_grad[rows] = _scatter_rows(grad @ matrix, part)
                 weight_grad += grad.T @ inputs
         ctx.save_for_backward(hidden_grad, weight_grad)
-        return nll, z_sum
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), z_sum, losses
 
     @staticmethod
-    def backward(ctx: Any, nll_grad: Tensor, z_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, nll_grad: Tensor, z_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         return hidden_grad * nll_grad, weight_grad * nll_grad, None, None, None, None, None, None, None
 
@@ -125,13 +126,14 @@ def chunked_cross_entropy(
     z_loss: float = 0.0,
     chunk_tokens: int = 1024,
     chunk: Callable[..., ChunkResult] = chunk_loss,
-) -> tuple[Tensor, Tensor]:
-    """Sums over valid targets of the cross entropy and of z_loss * logsumexp^2 (PaLM), as fp32 scalars.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over valid targets of the cross entropy and of z_loss * logsumexp^2 (PaLM), as fp32 scalars; and the cross
+    entropy of each target, [B, S], which has no gradient.
 
     hidden [B, S, E], weight [V, E], targets [B, S] int32 or int64, -100 where there is no loss. Where the weight is
     distributed over tensor-parallel processes (a DTensor, its rows cut), hidden [B, S / tp, E] is this process's part
     of each sequence, and the sums are over whole sequences on each of them. `softcap` c replaces logits l by
-    c * tanh(l / c). Only the sum of the two results may be differentiated: the gradient was made for that sum. `chunk`
+    c * tanh(l / c). Only the sum of the two sums may be differentiated: the gradient was made for that sum. `chunk`
     is `chunk_loss` or a compiled version of it.
     """
     part = Vocabulary()
@@ -141,6 +143,7 @@ def chunked_cross_entropy(
         weight = weight.to_local()
     by_process = targets.unflatten(1, (part.size, -1)).transpose(0, 1).flatten(1)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(
+    nll, z_sum, losses = _ChunkedCrossEntropy.apply(
         hidden.flatten(0, -2), weight, by_process, part, softcap, z_loss, chunk_tokens, chunk, needs_grad
     )
+    return nll, z_sum, losses.unflatten(1, (targets.shape[0], -1)).transpose(0, 1).flatten(1)

@@ -81,7 +81,9 @@ def test_a_few_bytes_a_document(tmp_path) -> None:
     rng = np.random.default_rng(0)
     count = 20_000
     offsets = np.where(rng.random(count) < 0.2, rng.integers(0, 4000, count), 0)
-    record = Record(np.sort(rng.integers(0, 4096, count)), rng.integers(0, 3, count), rng.integers(0, 10**6, count), offsets)
+    record = Record(
+        np.sort(rng.integers(0, 4096, count)), rng.integers(0, 3, count), rng.integers(0, 10**6, count), offsets
+    )
     with Ledger(tmp_path / "l", 0, ["a"]) as ledger:
         ledger.append(1, 0, record)
     assert (tmp_path / "l").stat().st_size / count < 5

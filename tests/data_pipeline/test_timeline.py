@@ -1,6 +1,7 @@
 """Which source each sample of a mixture is of."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_caps_are_kept_and_reads_may_be_cut_anywhere(weights, caps, cuts) -> Non
         assert share.cap is None or (sources == number).sum() <= share.cap
     bounds = sorted({0, count, *(cut for cut in cuts if cut < count)})
     again = Timeline.of(shares)
-    parts = [again.where(a, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [again.where(a, b - a) for a, b in pairwise(bounds)]
     assert np.concatenate([part[0] for part in parts]).tolist() == sources.tolist()
     assert np.concatenate([part[1] for part in parts]).tolist() == indices.tolist()
     if total <= 2000:
@@ -66,7 +67,8 @@ def test_caps_are_kept_and_reads_may_be_cut_anywhere(weights, caps, cuts) -> Non
 @settings(max_examples=40, deadline=None)
 @given(
     edits=st.lists(
-        st.tuples(st.integers(0, 400), st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=4, max_size=4)), max_size=5
+        st.tuples(st.integers(0, 400), st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=4, max_size=4)),
+        max_size=5,
     ),
     late=st.integers(0, 100),
 )

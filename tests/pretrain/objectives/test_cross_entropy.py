@@ -27,11 +27,13 @@ def test_equals_torch_with_gradients(softcap, z_loss, chunk_tokens):
     targets[::5] = IGNORED
     expected = naive(hidden, weight, targets, softcap, z_loss)
     expected_grads = torch.autograd.grad(expected * 0.3, (hidden, weight))
-    nll, z_sum = chunked_cross_entropy(
+    nll, z_sum, losses = chunked_cross_entropy(
         hidden[None], weight, targets[None], softcap=softcap, z_loss=z_loss, chunk_tokens=chunk_tokens
     )
     grads = torch.autograd.grad((nll + z_sum) * 0.3, (hidden, weight))
     torch.testing.assert_close(nll + z_sum, expected)
+    alone = torch.stack([naive(hidden[i : i + 1], weight, targets[i : i + 1], softcap, 0.0) for i in range(23)])
+    torch.testing.assert_close(losses[0], alone.detach())
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad)
 
@@ -39,7 +41,7 @@ def test_equals_torch_with_gradients(softcap, z_loss, chunk_tokens):
 def test_all_targets_ignored_gives_zero_and_zero_gradients():
     hidden = torch.randn(1, 5, 4, requires_grad=True)
     weight = torch.randn(6, 4, requires_grad=True)
-    nll, _ = chunked_cross_entropy(hidden, weight, torch.full((1, 5), IGNORED))
+    nll, _, _ = chunked_cross_entropy(hidden, weight, torch.full((1, 5), IGNORED))
     nll.backward()
     assert nll.item() == 0
     assert not hidden.grad.any() and not weight.grad.any()
@@ -48,14 +50,14 @@ def test_all_targets_ignored_gives_zero_and_zero_gradients():
 def test_under_autocast_stays_near_fp32():
     hidden, weight = torch.randn(2, 32, 32), torch.randn(50, 32) * 0.1
     targets = torch.randint(0, 50, (2, 32))
-    exact, _ = chunked_cross_entropy(hidden, weight, targets)
+    exact, _, _ = chunked_cross_entropy(hidden, weight, targets)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded, _ = chunked_cross_entropy(hidden, weight, targets)
+        rounded, _, _ = chunked_cross_entropy(hidden, weight, targets)
     assert rounded.dtype == torch.float32
     assert abs(rounded - exact) / exact < 5e-3
 
 
 def test_without_gradients_nothing_is_kept():
     with torch.no_grad():
-        nll, _ = chunked_cross_entropy(torch.randn(1, 5, 4), torch.randn(6, 4), torch.arange(5)[None])
+        nll, _, _ = chunked_cross_entropy(torch.randn(1, 5, 4), torch.randn(6, 4), torch.arange(5)[None])
     assert not nll.requires_grad

@@ -1,0 +1,81 @@
+"""Where a run stands, and going on from there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints.manifest import Manifest
+from checkpoints.state import set_rng_state
+from checkpoints.store import CheckpointStore
+from parallel.engine import Engine
+from parallel.world import World
+from pretrain.config import RunConfig, flat_config, load_run_config
+from pretrain.data import check_tokenizer
+
+# What the samples are made by: a place in the data means nothing once it changes. The sources have a history instead.
+PLACE = ("run.seed", "data.seq_len", "data.patches", "data.shuffle_shards", "data.pictures.")
+FREE = ("data.pictures.broken", "data.pictures.workers")
+
+
+@dataclass
+class Position:
+    """How far the run has got: what a resume needs beside the engine's state."""
+
+    step: int = 0  # optimizer steps taken
+    cursor: int = 0  # global index of the next sample
+    mixture: list[Any] | None = None  # the history of the data mixture, from the checkpoint
+
+
+def check_resume(config: RunConfig, store: CheckpointStore) -> int | None:
+    """Step of the checkpoint to continue from, or None for a new run, as `run.resume` allows."""
+    found = store.newest_whole()
+    if found is None and (broken := store.list()):
+        raise ValueError(
+            f"{store.folder} has {len(broken)} checkpoints and none is whole ({broken[-1].problem}); restore one, or "
+            "choose another run.dir to start anew"
+        )
+    if found is None and config.run.resume == "must":
+        raise FileNotFoundError(f'run.resume = "must", but {store.folder} has no whole checkpoint; check run.dir')
+    if found is not None and config.run.resume == "never":
+        raise ValueError(
+            f'run.resume = "never", but {config.run.dir} holds a run at step {found}; choose another run.dir'
+        )
+    if found is not None and found > config.train.steps:
+        raise ValueError(
+            f"train.steps = {config.train.steps}, but {config.run.dir} is at step {found} already; raise train.steps "
+            "or choose another run.dir"
+        )
+    return found
+
+
+def resume(store: CheckpointStore, step: int, engine: Engine, world: World, afresh: bool = False) -> Position:
+    """Fill the engine from a checkpoint. One without optimizer state (an import), or `afresh` (other parameters are
+    trained now), starts a fresh optimizer.
+    """
+    state = engine.state_dict()
+    path = store.folder / f"step-{step:08d}"
+    optimizer = state["optimizer"] if Manifest.read(path).tensors["optimizer"] and not afresh else None
+    extra = store.load(step, state["model"], optimizer)
+    engine.load_state_dict(state)
+    if len(extra["ranks"]) == world.size and extra["ranks"][world.rank]:
+        set_rng_state(extra["ranks"][world.rank]["rng"])
+    return Position(extra["step"], extra.get("cursor", 0), extra.get("mixture"))
+
+
+def check_changes(config: RunConfig, datasets: Any, found: int | None) -> list[str]:
+    """Settings that differ from the last start of the run, one line each. Raises ValueError for those that would give
+    the saved position another meaning, and for another tokenizer.
+    """
+    run_dir = Path(config.run.dir)
+    check_tokenizer(config, datasets, run_dir)
+    if not found or not (run_dir / "config.toml").is_file():
+        return []
+    before, after = flat_config(load_run_config(run_dir)), flat_config(config)
+    for key in (key for key in after if key.startswith(PLACE)):
+        if key not in FREE and before.get(key) != after[key]:
+            raise ValueError(
+                f"{key} = {after[key]}, but {run_dir} was started with {before.get(key)}, and its place in the data "
+                f"counts on that; set it back, or choose another run.dir"
+            )
+    keys = dict.fromkeys([*before, *after])
+    return [f"{k} {before.get(k)!r} -> {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
