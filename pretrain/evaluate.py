@@ -19,7 +19,8 @@ def held_out_loss(
     config: RunConfig,
     watch: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> dict[str, float]:
-    """{"eval_loss": nats a token, "eval_bits_per_byte": where the shards say their text's bytes}. Collective.
+    """{"eval_loss": nats a token, "eval_accuracy": where that is counted, "eval_bits_per_byte": where the shards
+    say their text's bytes}. Collective.
 
     `watch` passes the micro-batches on, and may show how far they are.
     """
@@ -40,6 +41,8 @@ def held_out_loss(
         raise ValueError(f"eval.shards = {config.eval.shards!r} hold no target to take a loss at")
     loss = float(sums.get("cross_entropy", sums["loss"])) / count
     result = {"eval_loss": loss}
+    if "accuracy" in sums:
+        result["eval_accuracy"] = float(sums["accuracy"]) / count
     if bytes_per_token := getattr(dataset, "bytes_per_token", None):
         result["eval_bits_per_byte"] = loss / math.log(2) / bytes_per_token
     return result

@@ -63,7 +63,10 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
     seq_len = _dim(TOKENS, 2 * degrees["cp"] * degrees["tp"]) + config.data.seq_len % (
         2 * degrees["cp"] * degrees["tp"]
     )
-    values["max_seq_len"] = max(seq_len, values.get("max_seq_len", 0))
+    if hasattr(model, "max_seq_len"):
+        values["max_seq_len"] = max(seq_len, values.get("max_seq_len", 0))
+    else:  # its rows are patches
+        seq_len = pictures["patches"] = min(seq_len, config.data.seq_len)
     if getattr(model, "window", 0):
         values["window"] = max(2, seq_len // 5)
     if not model.vocab_size:

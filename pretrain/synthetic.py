@@ -149,3 +149,13 @@ class SyntheticPairs(SyntheticPictures):
             patches[0] = 0
         documents, images = (np.where(inside, 0, -1).astype(np.int32) for inside in (places < length, held))
         return tokens, np.full_like(nothing, IGNORED), places, documents, nothing, nothing, patches, images, grid
+
+
+class SyntheticLabels(SyntheticPairs):
+    """A `SampleStream` of a picture and its class a row, the first target; the classes are the text's vocabulary."""
+
+    def _row(self, index: int) -> tuple[np.ndarray, ...]:
+        tokens, targets, *others = super()._row(index)
+        if others[-2][0] >= 0:
+            targets[0] = tokens[0]
+        return tokens, targets, *others

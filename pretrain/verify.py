@@ -33,14 +33,16 @@ from parallel.tensor import check_tensor
 from parallel.verify import Comparison, Distance, Layout, compare, typical_error
 from parallel.world import World
 from pretrain.config import RunConfig, validate
+from pretrain.data import reads_classes
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
-from pretrain.synthetic import SyntheticPairs, SyntheticPictures, SyntheticStream
+from pretrain.synthetic import SyntheticLabels, SyntheticPairs, SyntheticPictures, SyntheticStream
 from pretrain.train import build_engine, train_step
 
 OPTIMIZERS = ("adamw", "muon")
 LEARNING_RATE = 0.01  # a smaller one's updates would drown in the rounding of weights near 1
 ROUTER_LOSSES = ("balance_loss", "z_loss")
+COUNTED = ("accuracy",)  # which of two equal logits is the larger one is for rounding to say
 TENSORS = ("initial weights", "gradients", "weights")
 Record = dict[str, dict[str, list[float]]]  # kind -> quantity -> fields of its Distance
 
@@ -92,7 +94,7 @@ def run_steps(config: RunConfig, world: World, steps: int) -> Outcome:
     for step in range(1, steps + 1):
         batches = [objective.collate(batch) for batch in next(loader)[0]]
         values, _ = train_step(recorder, objective, batches, LEARNING_RATE, False)
-        shown = [name for name in (*objective.sums, *ROUTER_LOSSES) if name in values]
+        shown = [name for name in (*objective.sums, *ROUTER_LOSSES) if name in values and name not in COUNTED]
         losses |= {f"{name} of step {step}": float(torch.as_tensor(values[name]).sum()) for name in shown}
         norms[f"gradient norm of step {step}"] = float(values["grad_norm"])
     batches = [objective.collate(batch) for batch in next(loader)[0]]
@@ -114,6 +116,8 @@ def synthetic_stream(config: RunConfig) -> SampleStream:
     merge = connector.merge if connector is not None else 1
     rows, columns = vision.grid if vision is not None else (4 * merge, 4 * merge)
     kind = SyntheticPairs if compares_samples(config) else SyntheticPictures
+    if reads_classes(config):
+        kind = SyntheticLabels
     return kind(
         text,
         patches=config.data.patches,

@@ -133,8 +133,8 @@ def load_transformers(folder: Path) -> Any:
                 (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
             )
             auto = next((auto for mapping, auto in kinds if type(config) in mapping), AutoModel)
-            classifier = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
-            if classifier is not None and classifier.__name__ in (config.architectures or ()):
+            classifier = getattr(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None), "__name__", "")
+            if classifier in (config.architectures or ()):
                 auto = AutoModelForImageClassification
             loaded: Any = auto.from_pretrained(
                 folder,

@@ -68,12 +68,12 @@ def as_tokenizer(names: Sequence[str]) -> Tokenizer:
 class LabelStream(PairStream):
     """Rows of one picture and its class; row ``i`` depends on (seed, i), the form and the dataset alone.
 
-    The first target of a row is its class, the others are IGNORED; all are where the picture cannot be decoded. Samples
-    whose caption is no class are reported as problems, once.
+    The first target of a row is its class, the others are IGNORED; all are where the picture cannot be decoded, or is
+    skipped. Samples whose caption is no class are reported as problems, once.
 
     Args:
         dataset: of captions read by ``as_tokenizer``. seq_len: P = S, patches of a row; the last ones may be padding.
-        shuffle, workers: as of pairs.
+        shuffle, workers, skipped: as of pairs.
 
     Raises:
         ValueError: a row has too few patches, or no sample is of a class.
@@ -88,18 +88,19 @@ class LabelStream(PairStream):
         seed: int = 0,
         shuffle: bool = True,
         workers: int = 0,
+        skipped: Sequence[int] = (),
     ) -> None:
         if seq_len < form.fullest:
             raise ValueError(
                 f"data.seq_len = {seq_len}: the largest picture has {form.fullest} patches, class token included; "
                 "raise data.seq_len and data.patches to that"
             )
-        super().__init__(dataset, form, seq_len=seq_len, seed=seed, shuffle=shuffle, workers=workers)
+        super().__init__(dataset, form, seq_len=seq_len, seed=seed, shuffle=shuffle, workers=workers, skipped=skipped)
         known = dataset.tokens[self._samples] == 1
         for sample in self._samples[~known].tolist():
             caption = dataset.tokenizer.decode(np.concatenate(dataset.texts([sample])[0]))
             why = f"caption {caption!r} is none of the {dataset.tokenizer.eos_id} names in model.classes"
-            dataset.on_problem(Problem(str(dataset.shard_of(sample)), dataset.key(sample), why))
+            dataset.on_problem(Problem(dataset.shard_of(sample), dataset.key(sample), why))
         if not known.any():
             raise ValueError(
                 f"{dataset.paths[0].parent}: no sample's caption is one of model.classes; a caption must be exactly a "
