@@ -123,9 +123,20 @@ def _add_data(commands: Any) -> None:
     pictures.add_argument("--out", required=True, help="folder of the shards")
     pictures.add_argument("--template", default="a photo of a {name}", help="caption (default: %(default)r)")
     pictures.add_argument("--held-out", type=float, default=0.0, help="share of pictures kept apart, 0 to 1")
+    ledger = _leaf(data, "ledger", "ledger:ledger", "which documents went into which step of a run")
+    ledger.add_argument("run", help="the run's folder")
+    asked = ledger.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--step", type=int, help="list the documents of this step: source, shard, key, first token")
+    asked.add_argument("--document", metavar="KEY", help="list the steps that this document went into")
     inspect = _leaf(data, "inspect", "data:inspect", "show documents of shards, decoded")
     inspect.add_argument("shards", nargs="+", help="shards, or globs")
     inspect.add_argument("-n", "--num", type=int, default=3, help="documents to show")
+    index = _leaf(data, "index", "data:index", "make the indexes of shards, of tokens or of pictures, ahead of time")
+    index.add_argument("shards", nargs="+", help="folders, shards, globs, URLs")
+    index.add_argument("--force", action="store_true", help="make those anew that are there; fetch what is cached anew")
+    index.add_argument("--workers", type=int, help="processes (default: one a core)")
+    index.add_argument("--vocab-size", type=int, help="of token shards without a dataset.json")
+    index.add_argument("--cache", help="folder for shards elsewhere, and indexes of folders that cannot be written")
 
 
 def _add_checkpoint(commands: Any) -> None:
@@ -151,6 +162,38 @@ def _add_checkpoint(commands: Any) -> None:
     import_.add_argument("model", help="folder with config.json and safetensors files")
     import_.add_argument("run", help="a new run's folder")
     _add_surgery(checkpoint)
+    _add_combining(checkpoint)
+
+
+def _add_combining(checkpoint: Any) -> None:
+    diff = _leaf(checkpoint, "diff", "diff:diff_", "how far two checkpoints are apart, largest changes by tensor")
+    for name in ("a", "b"):
+        diff.add_argument(name, help="a run's folder (its newest checkpoint), or one checkpoint's")
+    diff.add_argument("--optimizer", action="store_true", help="the optimizer's state too")
+    diff.add_argument("--top", type=int, default=20, metavar="K", help="tensors to show (default: %(default)s)")
+    diff.add_argument("--json", action="store_true", help="every tensor, as JSON")
+    merge = _leaf(checkpoint, "merge", "combine:merge_runs", "make one run out of several of the same shape")
+    merge.add_argument("runs", nargs="+", metavar="run", help="folders of runs, or of single checkpoints")
+    merge.add_argument("--out", required=True, help="a new run's folder")
+    merge.add_argument("--method", default="mean", help="mean, ema, slerp, or over --base: task, ties, dare")
+    merge.add_argument("--base", help="task, ties, dare: the run that the others were trained on from")
+    merge.add_argument("--weights", type=float, nargs="+", metavar="W", help="one a run (default: 1 each)")
+    merge.add_argument("--decay", type=float, help="ema: share that stays when the next run comes (default: 0.9)")
+    merge.add_argument("--t", type=float, help="slerp: how far from the first to the second, 0 to 1 (default: 0.5)")
+    merge.add_argument("--scale", type=float, help="task, ties, dare: factor of the change from the base (default: 1)")
+    merge.add_argument("--keep", type=float, help="ties: share of the largest changes that stay (default: 0.2)")
+    merge.add_argument("--drop", type=float, help="dare: share of changes that are dropped at random (default: 0.9)")
+    merge.add_argument("--seed", type=int, help="dare: seed of what is dropped (default: 1)")
+    average = _leaf(checkpoint, "average", "combine:average", "make a run out of the mean of a run's last checkpoints")
+    average.add_argument("--last", type=int, required=True, metavar="K", help="checkpoints to average")
+    average.add_argument("--decay", type=float, help="exponential moving average with this decay (default: the mean)")
+    cast = _leaf(checkpoint, "cast", "combine:cast", "make a run whose weights have another type")
+    cast.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), required=True, help="type of the model's weights")
+    bare = _leaf(checkpoint, "prune-optimizer", "combine:prune_optimizer", "make a run without optimizer state")
+    for leaf in (average, cast, bare):
+        leaf.add_argument("run", help="the run's folder, or one checkpoint's")
+        leaf.add_argument("out", help="a new run's folder")
+        leaf.add_argument("--step", type=int, help="checkpoint to take, the newest one of an average (default: newest)")
 
 
 def _add_surgery(checkpoint: Any) -> None:
@@ -185,6 +228,10 @@ def _add_results(commands: Any) -> None:
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.shards=data/heldout-*.tar")
     evaluate.add_argument("--step", type=int, help="checkpoint to use (default: the newest whole one)")
     _nproc(evaluate)
+    replay = _leaf(commands, "replay", "ledger:replay", "losses of a step's documents, as they were then")
+    replay.add_argument("run", help="the run's folder")
+    replay.add_argument("--step", type=int, required=True, help="the step")
+    _nproc(replay)
     summary = "what a vision-language model says of held-out pictures, and how often it is right"
     caption = _leaf(commands, "caption", "pictures:captions", summary)
     caption.add_argument("--max-new-tokens", type=int, default=32, help="longest caption (default: %(default)s)")

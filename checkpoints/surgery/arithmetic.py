@@ -1,7 +1,7 @@
 """Tensors of the same shape made into one: averages, interpolation, and differences from a common base.
 
-Each model's tensor is read when it is needed, so that few are in memory at a time: `reads` has a function for each model
-that gives its tensor, in fp32 or fp64 and in memory of its own. tau: a model's difference from the base.
+Each model's tensor is read when it is needed, so that few are in memory at a time: `reads` has a function for each
+model that gives its tensor, in fp32 or fp64 and in memory of its own. tau: a model's difference from the base.
 """
 
 import math
@@ -59,7 +59,7 @@ class Products:
 
 
 def running_mean(reads: Sequence[Read], shares: Sequence[float]) -> Tensor:
-    """The first model's tensor, moved towards each next one by its share of the way. Equal tensors stay what they are."""
+    """The first model's tensor, moved towards each next one by its share of the way; equal ones stay what they are."""
     result = reads[0]()
     for read, share in zip(reads[1:], shares[1:], strict=True):
         result.lerp_(read(), share)
@@ -96,8 +96,8 @@ def task_arithmetic(base: Tensor, reads: Sequence[Read], weights: Sequence[float
 
 
 def ties(base: Tensor, reads: Sequence[Read], weights: Sequence[float], scale: float, keep: float) -> Tensor:
-    """TIES (Yadav et al. 2023, arXiv:2306.01708): trim each tau to its largest elements, elect a sign for each place, and
-    average those of that sign.
+    """TIES (Yadav et al. 2023, arXiv:2306.01708): trim each tau to its largest elements, elect a sign for each place,
+    and average those of that sign.
 
     keep: share of elements of each tau that stay, here of each tensor (the paper: of the whole model).
     """

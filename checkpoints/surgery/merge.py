@@ -112,22 +112,23 @@ def merge(
 ) -> None:
     """Write the checkpoints `sources`, of the same shape, as one. base: what the methods OVER_BASE start from.
 
-    Types are those of the base, else of the first source; what is no floating-point number must be equal in all.
+    Types are those of the first source; what is no floating-point number must be equal in all.
     draw: gives each tensor a generator. Raises FileNotFoundError or ValueError (one line): a source is not whole, or of
     another shape.
     """
     files = [open_checkpoint(source) for source in sources]
-    common = files if base is None else [open_checkpoint(base), *files]
-    for each in common:
+    start = None if base is None else open_checkpoint(base)
+    everything = files if start is None else [*files, start]
+    for each in everything:
         check_same_shapes(each, target.shapes)
-    dtypes = {name: common[0].infos[name].dtype for name in target.shapes}
+    dtypes = {name: files[0].infos[name].dtype for name in target.shapes}
 
     def make(name: str) -> Tensor:
         if not dtypes[name].is_floating_point:
-            return _same(common, name)
+            return _same(everything, name)
         reads = [partial(_read, each, name) for each in files]
-        start = None if base is None else partial(_read, common[0], name)
-        return narrowed(name, how.make(reads, start, draw, name), dtypes[name])
+        read_base = None if start is None else partial(_read, start, name)
+        return narrowed(name, how.make(reads, read_base, draw, name), dtypes[name])
 
     write_tensors(target, dtypes, make, lineage, progress)
 

@@ -8,24 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from checkpoints.derived import new_folder
-from checkpoints.hf.tokenizer import copy_tokenizer
-from checkpoints.manifest import STATE, Progress
+from checkpoints.manifest import Progress
 from checkpoints.surgery import experts as surgery
 from checkpoints.surgery.experts import SparseLayer, Upcycling
 from checkpoints.surgery.methods import Mixing
 from checkpoints.surgery.target import Target, origin
-from launch.commands.convert import find_checkpoint, native_tensors
-from launch.progress import progress_bar
+from launch.commands.convert import find_checkpoint
+from launch.commands.derive import configure, make_run, place_in_data
 from parallel.materialise import generator_for
-from pretrain.config import RunConfig, flat_config, load_run_config, resolve, write_config
+from pretrain.config import RunConfig, flat_config, load_run_config, resolve
 from pretrain.metrics import step_of
 from pretrain.models import FAMILIES
-
-FRESH = ["train.stop_at=0", "run.resume=auto"]  # what the old run said of itself is not meant for the new one
 
 
 def upcycle(args: argparse.Namespace) -> None:
@@ -92,7 +87,7 @@ def prune(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--keep {args.keep} is below model.moe.top_k = {moe.top_k}; keep more, or add model.moe.top_k={args.keep}"
         )
-    config = _configure(run_dir, Path(args.out), args.overrides, [f"model.moe.experts={args.keep}"])
+    config = configure(run_dir, Path(args.out), args.overrides, [f"model.moe.experts={args.keep}"])
     _check_same_model(before, config, ("experts", "ffn", "first_dense", "every", "shared_ffn", "shared_gate", "bias"))
     layers = _layers(config)
     if args.by == "load":
@@ -134,19 +129,9 @@ def _upcycled(run_dir: Path, dense: RunConfig, out: Path, overrides: list[str], 
     derived = [f"model.moe.ffn={width}"]
     if "model.moe.scale" not in origins:
         derived.append(f"model.moe.scale={_mixing(config, how).scale(how.method)!r}")
-    config = _configure(run_dir, out, overrides, derived)
+    config = configure(run_dir, out, overrides, derived)
     _check_same_model(dense, config)
     return config
-
-
-def _configure(run_dir: Path, out: Path, overrides: list[str], derived: list[str]) -> RunConfig:
-    if any(word.startswith("run.dir=") for word in overrides):
-        raise ValueError(f"run.dir: the new run's folder is {out} already; leave it out")
-    tokenizer = run_dir / "tokenizer"
-    moved = [f"run.dir={json.dumps(str(out))}"]
-    if load_run_config(run_dir).tokenizer.path == str(tokenizer):  # an imported run's own
-        moved.append(f"tokenizer.path={json.dumps(str(out / 'tokenizer'))}")
-    return resolve(str(run_dir / "config.toml"), [*FRESH, *moved, *overrides, *derived])[0]
 
 
 def _check_same_model(before: RunConfig, after: RunConfig, fixed: tuple[str, ...] = ()) -> None:
@@ -191,19 +176,13 @@ def _make_run(
     before: RunConfig,
     write: Callable[[Target, list[SparseLayer], Progress], None],
 ) -> None:
-    """The new run's folder: config, tokenizer, and the checkpoint that `write` fills."""
-    shapes, ties = native_tensors(config.model)
-    state = {"cursor": json.loads((checkpoint / STATE).read_bytes()).get("cursor", 0)}
+    """The new run's folder; `write` fills its checkpoint."""
     old, new = (flat_config(each) for each in (before, config))
-    if any(old.get(key) != new.get(key) for key in ("run.seed", "data.seq_len", "data.sources")):
-        state = {"cursor": 0}  # it counts samples of another stream
-    with new_folder(Path(config.run.dir)) as temp:
-        with progress_bar(Console()) as bar:
-            total = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
-            target = Target(temp / "checkpoints", shapes, ties, state)
-            write(target, _layers(config), bar("writing", total))
-        copy_tokenizer(run_dir / "tokenizer", temp / "tokenizer")
-        write_config(config, temp / "config.toml")
+    # The cursor counts samples of a stream.
+    same_stream = all(old.get(key) == new.get(key) for key in ("run.seed", "data.seq_len", "data.sources"))
+    state = place_in_data(checkpoint) if same_stream else {"cursor": 0}
+    layers = _layers(config)
+    make_run(run_dir, config, state, lambda target, progress: write(target, layers, progress))
 
 
 def _logged_load(run_dir: Path, step: int, layers: int, experts: int) -> list[Tensor]:
