@@ -110,6 +110,13 @@ class ShardCache:
                 return False
         return True
 
+    def forget(self, path: Path) -> None:
+        """Remove a shard and the files that belong to it, so that they are fetched anew."""
+        with self._locked(path, "for another process that fetches it"):
+            for name in (path.name, f"{path.name}.*", "dataset.json"):
+                for file in path.parent.glob(name):
+                    file.unlink(missing_ok=True)
+
     def touch(self, path: Path) -> None:
         """Note that a shard is in use."""
         now = time.monotonic()

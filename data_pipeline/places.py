@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, TypeVar
 
 from braceexpand import braceexpand
@@ -18,6 +18,7 @@ from data_pipeline.progress import byte_bar
 from data_pipeline.remote import PIPE, SAY_EVERY, beside, is_remote, list_urls, say
 
 FETCHES = 8  # at once
+SIDECARS = (".idx", ".json", ".parquet")  # what a glob also finds beside shards, img2dataset's and ours
 Result = TypeVar("Result")
 
 
@@ -59,6 +60,10 @@ class Shard:
         if self.url:
             self.cache.touch(self.path)
 
+    def forget(self) -> None:
+        """Remove what the cache has of a shard that is elsewhere, and of its folder."""
+        self.cache.forget(self.path)
+
     def beside(self, suffix: str) -> Path:
         """The path of the file that belongs to the shard, fetched where there is one: beside the shard, or in the cache
         where the shard's folder cannot be written or is elsewhere.
@@ -94,13 +99,17 @@ def find_shards(patterns: str | Path | Sequence[str | Path], cache: CacheOptions
     store = ShardCache(cache or CacheOptions())
     found: dict[str, Shard] = {}
     patterns = [patterns] if isinstance(patterns, str | Path) else list(patterns)
-    for pattern in patterns or expand_paths([], what="shards"):
+    if not patterns:
+        raise FileNotFoundError("shards: the list of patterns is empty; name at least one file or URL")
+    for pattern in patterns:
         name = str(pattern).removeprefix("file://")
         if is_remote(name):
             shards = [Shard(url, store.path(url), store, url) for url in _urls(name)]
         else:
             path = Path(name) if name != str(pattern) else pattern
-            shards = [Shard(str(path), path, store) for path in expand_paths([path], what="shards")]
+            paths = expand_paths([path], what="shards")
+            tars = [path for path in paths if not path.name.endswith(SIDECARS)]
+            shards = [Shard(str(path), path, store) for path in (tars or paths)]
         found.update({shard.name: found.get(shard.name, shard) for shard in shards})
     return list(found.values())
 
@@ -114,20 +123,10 @@ def _urls(pattern: str) -> Iterator[str]:
         if member.startswith(PIPE) or not re.search(r"[*\[]", member):
             yield member
             continue
-        urls = list_urls(member)
+        urls = [url for url in list_urls(member) if not url.endswith(SIDECARS)]
         if not urls:
             raise FileNotFoundError(f"shards {pattern!r}: nothing there matches {member}; check the URL")
         yield from urls
-
-
-def fetch_folders(shards: Sequence[Shard], names: Callable[[Shard], Sequence[str]]) -> None:
-    """Fetch small files of the folders of shards that are elsewhere, once a folder, where they have them."""
-    firsts = {shard.path.parent: shard for shard in shards if shard.url}
-    for shard in firsts.values():
-        for name in names(shard):
-            if name.startswith("/") or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"{shard.name}: its dataset.json names {name!r}, outside its folder; write it again")
-            shard.folder_file(name)
 
 
 def load_each(

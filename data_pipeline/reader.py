@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from data_pipeline.cache import CacheOptions
+from data_pipeline.folders import load_infos
 from data_pipeline.index import INDEX_SUFFIX, ShardIndex, find_key, load_index
-from data_pipeline.places import Shard, at_once, fetch_folders, find_shards, load_each
-from data_pipeline.shards import DATASET_FILE, DatasetInfo, token_dtype
-from data_pipeline.tokenizer import BESIDE, JSON
+from data_pipeline.places import Shard, at_once, find_shards, load_each
+from data_pipeline.shards import DatasetInfo, token_dtype
 
 
 class TokenDataset:
@@ -49,7 +49,7 @@ class TokenDataset:
         self._files = find_shards(shards, cache)
         self._elsewhere = any(shard.url for shard in self._files)
         self.paths, self.names = [shard.path for shard in self._files], [shard.name for shard in self._files]
-        self.info = load_info(self._files)
+        self.info = load_infos(self._files)[self.paths[0].parent]
         dtypes = {folder: _folder_dtype(folder, vocab_size) for folder in {path.parent for path in self.paths}}
         if len(set(dtypes.values())) > 1:
             raise ValueError(f"shards {patterns}: folders with different token dtypes {dtypes}; read them separately")
@@ -164,20 +164,6 @@ class TokenDataset:
                 if file.url and self._maps[shard] is not None and not file.path.exists():
                     self._maps[shard] = None
         return maps
-
-
-def load_info(shards: Sequence[Shard]) -> DatasetInfo | None:
-    """The ``dataset.json`` of the first shard's folder, or None; those of folders elsewhere and their tokenizers are
-    fetched.
-    """
-    fetch_folders(shards, lambda _: [DATASET_FILE])
-    infos = {folder: DatasetInfo.load(folder) for folder in {shard.path.parent for shard in shards}}
-    fetch_folders(shards, lambda shard: _tokenizer_files(infos[shard.path.parent]))
-    return infos[shards[0].path.parent]
-
-
-def _tokenizer_files(info: DatasetInfo | None) -> list[str]:
-    return [] if info is None else [f"{info.tokenizer}/{name}" for name in (JSON, *BESIDE)]
 
 
 def _folder_dtype(folder: Path, vocab_size: int | None) -> str:

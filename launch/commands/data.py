@@ -1,10 +1,12 @@
-"""pretrain data build, inspect"""
+"""pretrain data build, inspect, index"""
 
 import argparse
 from pathlib import Path
 
 from data_pipeline.build import TrainTokenizer
 from data_pipeline.build import build as build_shards
+from data_pipeline.cache import CacheOptions
+from data_pipeline.indexing import index_shards
 from data_pipeline.inspection import inspect_shards
 from data_pipeline.sources.stdlib import stdlib_files
 
@@ -32,3 +34,15 @@ def inspect(args: argparse.Namespace) -> None:
     """Print documents, decoded."""
     for line in inspect_shards(args.shards, args.num):
         print(line)
+
+
+def index(args: argparse.Namespace) -> int:
+    """Make the indexes that shards lack; 1 when one could not be made."""
+    cache = CacheOptions(dir=args.cache) if args.cache else CacheOptions()
+    failed = 0
+    for done in index_shards(
+        args.shards, cache=cache, vocab_size=args.vocab_size, force=args.force, workers=args.workers
+    ):
+        failed += bool(done.error)
+        print(f"error: {done.error}" if done.error else done.line, flush=True)
+    return 1 if failed else 0
