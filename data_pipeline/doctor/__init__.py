@@ -1,0 +1,1 @@
+"""What is wrong with shards, found before a run trains on them."""
