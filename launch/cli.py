@@ -13,7 +13,7 @@ from launch.local import joined, start_ranks
 Handler = Callable[[argparse.Namespace], int | None]
 
 # These run as ranks: the process that only starts them imports no torch (2 s).
-RANKED = ("launch.commands.run:run", "launch.commands.results:evaluate")
+RANKED = ("launch.commands.run:run", "launch.commands.results:evaluate", "launch.commands.ledger:replay")
 
 
 def main(argv: list[str] | None = None) -> int:
