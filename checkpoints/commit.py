@@ -120,4 +120,4 @@ def _commit(temp: Path, final: Path, snapshot: Snapshot, files: dict[str, FileEn
     temp.rename(final)
     fsync(final.parent)
     if aside.exists():
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)  # the next save does what is left

@@ -1,6 +1,5 @@
 """One process: what a checkpoint holds, how it is committed and pruned, and which damage is noticed."""
 
-import errno
 import json
 import logging
 import os
@@ -17,7 +16,6 @@ from torch import Tensor
 from checkpoints.collective import CheckpointError
 from checkpoints.manifest import Manifest
 from checkpoints.store import CheckpointStore
-from tests.ranks import RankError, run_ranks
 
 SHAPES = {"layers.0.attn.q.weight": (5, 4), "layers.0.norm.weight": (4,), "head.weight": (3, 4)}
 
@@ -247,7 +245,7 @@ def test_verify_finds_every_flipped_bit(store: CheckpointStore):
     assert store.verify(5) == []
     files = [file for file in path.rglob("*") if file.is_file()]
     rng = random.Random(0)
-    for _ in range(300):
+    for _ in range(1000):
         file = rng.choice(files)
         bit = rng.randrange(file.stat().st_size * 8)
         flip_bit(file, bit)
@@ -316,12 +314,6 @@ def test_the_step_just_saved_is_kept_below_older_runs_steps(tmp_path: Path):
     assert 10 in steps(store)
 
 
-@pytest.mark.parametrize("arguments", [{"keep": 0}, {"keep_every": 0}])
-def test_impossible_retention_is_refused(tmp_path: Path, arguments: dict):
-    with pytest.raises(ValueError, match=r"checkpoint\.keep"):
-        CheckpointStore(tmp_path, **arguments)
-
-
 def test_the_same_step_is_replaced(store: CheckpointStore):
     save(store, 5)
     store.save(5, make_model(8.0), {}, {"new": True})
@@ -342,68 +334,3 @@ def test_a_read_only_folder_is_named(tmp_path: Path):
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError, match=r"Permission denied.*make the folder writable"):
         save(CheckpointStore(tmp_path / "checkpoints"), 5)
-
-
-@pytest.mark.parametrize("call", range(1, 12))
-def test_an_error_at_any_fsync_leaves_the_previous_checkpoint(store: CheckpointStore, monkeypatch, call: int):
-    save(store, 5)
-    real, calls = os.fsync, []
-
-    def full(handle: int) -> None:
-        calls.append(handle)
-        if len(calls) == call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(handle)
-
-    monkeypatch.setattr(os, "fsync", full)
-    try:
-        save(store, 6)
-    except CheckpointError as error:
-        assert "No space left on device; free some space" in str(error)
-        assert store.newest_whole() in (5, 6)
-        assert [p for p in store.folder.iterdir() if p.name.startswith(".tmp")] == []
-    else:
-        assert len(calls) < call and store.newest_whole() == 6
-    assert store.verify(store.newest_whole() or 0) == []
-
-
-def die_at(folder: Path, call: int) -> None:
-    """Saves steps 5, 6, and 6 again; the process dies just before the given change of the file system."""
-    done = 0
-
-    def counted(real):
-        def wrapper(*args, **kwargs):
-            nonlocal done
-            done += 1
-            if done == call:
-                os._exit(1)
-            return real(*args, **kwargs)
-
-        return wrapper
-
-    store = CheckpointStore(folder, keep=1)
-    save(store, 5)
-    for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "rename"), (Path, "mkdir")):
-        setattr(owner, name, counted(getattr(owner, name)))
-    save(store, 6)
-    save(store, 6)
-
-
-@pytest.mark.slow
-def test_death_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path):
-    for call in range(1, 200):
-        store = CheckpointStore(tmp_path / str(call), keep=1)
-        try:
-            run_ranks(die_at, 1, store.folder, call)
-        except RankError as error:
-            assert "died" in str(error)
-        else:
-            assert call > 30  # the saves came to their end, so every moment has been tried
-            return
-        newest = store.newest_whole()
-        assert newest in (5, 6), call
-        assert store.verify(newest) == [], call
-        assert store.load(None, make_model(0.0))["step"] == newest
-        save(store, 7)  # cleans up what was left
-        assert [p.name for p in store.folder.iterdir()] == ["step-00000007"], call
-    pytest.fail("the save never came to its end")
