@@ -30,7 +30,7 @@ class EngineSpec:
     many blocks one recomputes. compile: compile blocks; the loss compiles what it wants itself. seq_len: tokens of a
     sample. global_batch, micro_batch: samples of a step over all processes, and of what one forward takes. across: for
     a loss that compares a sample with those of all data ranks; called with what gathers them. frozen: parameters that
-    stay as they are, by pattern.
+    stay as they are, by pattern. ema: decay of a moving average of the others, kept as optimizer state; 0: none.
     """
 
     build: Callable[[], nn.Module]
@@ -52,6 +52,7 @@ class EngineSpec:
     seed: int = 0
     across: Callable[[Gather], None] | None = None
     frozen: tuple[str, ...] = ()
+    ema: float = 0.0
 
 
 class Engine(Protocol):

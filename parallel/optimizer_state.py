@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 NamedParameters = Iterable[tuple[str, Tensor]]
@@ -15,6 +16,20 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
+def start_average(optimizer: Optimizer, named_parameters: NamedParameters) -> None:
+    """Begin a moving average of the optimised parameters, at what they are now. It is state like any other: "ema"."""
+    for parameter in _names(optimizer, named_parameters):
+        optimizer.state[parameter]["ema"] = parameter.detach().clone()
+
+
+@torch.no_grad()
+def update_average(optimizer: Optimizer, decay: float) -> None:
+    """The average becomes decay * average + (1 - decay) * parameter. Each process has its own parts."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    averages = [_local(optimizer.state[p]["ema"]) for p in parameters]
+    torch._foreach_lerp_(averages, [_local(p.detach()) for p in parameters], 1 - decay)
+
+
 def optimizer_state(optimizer: Optimizer, named_parameters: NamedParameters) -> dict[str, Tensor]:
     """The live state tensors as `{"exp_avg.<parameter name>": tensor, "step.<parameter name>": ...}`.
 
@@ -23,7 +38,7 @@ def optimizer_state(optimizer: Optimizer, named_parameters: NamedParameters) -> 
     Raises ValueError when a parameter of the optimizer has no name.
     """
     names = _names(optimizer, named_parameters)
-    _initialise(optimizer)
+    initialise(optimizer)
     return {
         f"{key}.{name}": value
         for parameter, name in names.items()
@@ -74,7 +89,7 @@ def _names(optimizer: Optimizer, named_parameters: NamedParameters) -> dict[Tens
     return {parameter: given[parameter] for parameter in parameters}
 
 
-def _initialise(optimizer: Optimizer) -> None:
+def initialise(optimizer: Optimizer) -> None:
     """Make lazily created state: step with zero gradients, learning rate and decay; then zero the new state.
 
     Right for every optimizer whose fresh state is all zeros (SGD, Adam, AdamW, Muon).
@@ -101,6 +116,10 @@ def _initialise(optimizer: Optimizer) -> None:
         p.grad = gradient
     for group, (lr, weight_decay) in zip(groups, settings, strict=True):
         group["lr"], group["weight_decay"] = lr, weight_decay
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

@@ -38,6 +38,9 @@ class OptimConfig(BaseModel):
         default={}, description="pattern of parameters -> learning rate as a multiple of lr; the first that matches"
     )
     clip_grad_norm: float = Field(default=1.0, ge=0, description="maximum norm of the whole gradient; 0 = no clipping")
+    ema: float = Field(
+        default=0.0, ge=0, lt=1, description="decay, a step, of a moving average of the weights kept beside them; 0 = none"
+    )
     muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon: decay rate of the momentum")
     muon_nesterov: bool = Field(default=True, description="Muon: Nesterov momentum")
     muon_ns_steps: int = Field(default=5, ge=1, le=20, description="Muon: Newton-Schulz iterations")

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpoints.manifest import Manifest
 from checkpoints.state import set_rng_state
 from checkpoints.store import CheckpointStore
@@ -54,8 +56,18 @@ def resume(store: CheckpointStore, step: int, engine: Engine, world: World, afre
     """
     state = engine.state_dict()
     path = store.folder / f"step-{step:08d}"
-    optimizer = state["optimizer"] if Manifest.read(path).tensors["optimizer"] and not afresh else None
-    extra = store.load(step, state["model"], optimizer)
+    saved = Manifest.read(path).tensors["optimizer"]
+    averages = {name: tensor for name, tensor in state["optimizer"].items() if name.startswith("ema.")}
+    begins = {name for name in averages if name not in saved}
+    wanted = {name: tensor for name, tensor in state["optimizer"].items() if name not in begins}
+    wanted |= {  # an average that is not kept any more is read and forgotten
+        name: torch.empty_like(state["model"][name.removeprefix("ema.")])
+        for name in saved
+        if name.startswith("ema.") and name not in averages and name.removeprefix("ema.") in state["model"]
+    }
+    extra = store.load(step, state["model"], wanted if saved and not afresh else None)
+    for name in averages if afresh else begins:
+        averages[name].copy_(state["model"][name.removeprefix("ema.")])
     engine.load_state_dict(state)
     if len(extra["ranks"]) == world.size and extra["ranks"][world.rank]:
         set_rng_state(extra["ranks"][world.rank]["rng"])

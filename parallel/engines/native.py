@@ -17,7 +17,7 @@ from parallel.fsdp import reduce_over_replicas
 from parallel.gradients import clip, settle, total_norm
 from parallel.materialise import name_stages
 from parallel.mesh import Mesh, resolve_degrees
-from parallel.optimizer_state import optimizer_state, set_lr
+from parallel.optimizer_state import initialise, optimizer_state, set_lr, start_average, update_average
 from parallel.parallelize import modules_on_meta, parallelize
 from parallel.pipeline import Pipeline
 from parallel.tensor import check_tensor
@@ -51,6 +51,10 @@ class NativeEngine:
         self._tied, self._largest = spec.plan.tied, spec.plan.largest
         self._named = name_stages((stage.model for stage in self.stages.values()), spec.plan.tied)
         self.optimizer = spec.make_optimizer(self._parameters())
+        self._ema = spec.ema
+        if self._ema:
+            initialise(self.optimizer)
+            start_average(self.optimizer, self._parameters())
         models = [stage.model for stage in self.stages.values()]
         self._routers = Routers(modules_on_meta(spec, spec.plan.routing), models, spec.plan.experts, world.device)
 
@@ -95,6 +99,8 @@ class NativeEngine:
         with torch.no_grad():
             for name, value in self._largest.items():
                 self._named.tensors[name].clamp_(max=value)
+        if self._ema:
+            update_average(self.optimizer, self._ema)
         self._routers.settle()
 
     def sum_over_data(self, values: Tensor) -> Tensor:

@@ -297,3 +297,33 @@ def test_an_existing_run_is_respected(tmp_path, tiny_shards, capsys):
     with pytest.raises(ValueError, match="does not fit this run"):
         train(small_config(tmp_path / "run", tiny_shards, "train.steps=4", "model.ffn=80"), ALONE)
     assert (tmp_path / "run/config.toml").read_text() == before
+
+
+def averages(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return {n.partition("ema.")[2]: t for n, t in tensors(run_dir, step).items() if ":ema." in n}
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return {n.partition(":")[2]: t for n, t in tensors(run_dir, step).items() if n.startswith("model/")}
+
+
+def test_average_of_the_weights(tmp_path, tiny_shards):
+    """Kept as optimizer state: exact, resumed bitwise, begun and ended at a resume."""
+    chosen = ["train.steps=4", "checkpoint.every=1", "checkpoint.keep=9", "optim.ema=0.75"]
+    train(small_config(tmp_path / "whole", tiny_shards, *chosen), ALONE)
+    train(small_config(tmp_path / "halves", tiny_shards, *chosen, "train.stop_at=2"), ALONE)
+    train(small_config(tmp_path / "halves", tiny_shards, *chosen), ALONE)
+    assert_same_tensors(tmp_path / "whole", tmp_path / "halves", 4)
+    before = averages(tmp_path / "whole", 3)
+    assert before.keys() == weights(tmp_path / "whole", 4).keys()
+    for name, average in averages(tmp_path / "whole", 4).items():
+        now = weights(tmp_path / "whole", 4)[name]
+        torch.testing.assert_close(average, 0.75 * before[name] + 0.25 * now)
+    train(small_config(tmp_path / "late", tiny_shards, *chosen, "optim.ema=0.0", "train.stop_at=2"), ALONE)
+    train(small_config(tmp_path / "late", tiny_shards, *chosen, "train.stop_at=3"), ALONE)
+    for name, average in averages(tmp_path / "late", 3).items():
+        begun = weights(tmp_path / "late", 2)[name]
+        torch.testing.assert_close(average, 0.75 * begun + 0.25 * weights(tmp_path / "late", 3)[name])
+    train(small_config(tmp_path / "late", tiny_shards, *chosen, "optim.ema=0.0"), ALONE)
+    assert not averages(tmp_path / "late", 4)
+    assert losses(tmp_path / "late") == losses(tmp_path / "whole"), "it changes nothing else"
