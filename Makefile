@@ -31,11 +31,12 @@ quickstart: .venv/core
 	@echo '  $(BIN)/pretrain run quickstart --nproc 2 train.steps=600 # train on from the last checkpoint'
 	@echo '  $(BIN)/pretrain run tiny --explain                       # every setting and where it comes from'
 
+test test-fast: export OMP_NUM_THREADS = 1  # several tests at once, many of several processes
 test: .venv/test lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2
 
 test-fast: .venv/test
-	$(BIN)/python -m pytest tests -m 'not slow'
+	$(BIN)/python -m pytest tests -n 2 -m 'not slow'
 
 lint: .venv/test
 	$(BIN)/ruff check .

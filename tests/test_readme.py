@@ -22,14 +22,14 @@ def run(blocks: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "120"}
     script = "set -euo pipefail\n" + "\n".join(blocks)
     done = subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=580, check=False
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=1180, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_commands_of_the_readme_run(tmp_path):
     blocks = [block for block in BLOCKS if not block.startswith("make ") and "digits" not in block]
     assert len(blocks) == len(BLOCKS) - 2 >= 3
@@ -41,7 +41,7 @@ def test_commands_of_the_readme_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_digits_of_the_readme(tmp_path, monkeypatch):
     """Also what it promises: held-out digits are named and captioned."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
