@@ -44,6 +44,10 @@ class CacheOptions:
         if not self.dir or self.gb <= 0 or self.retries < 0 or self.timeout <= 0:
             raise ValueError(f"{self}: needs a folder, gb and timeout above 0, retries of 0 or more")
 
+    @property
+    def tries(self) -> Tries:
+        return Tries(self.retries, self.timeout)
+
 
 class Checked(Protocol):
     """What knows how a shard must look: its index."""
@@ -159,8 +163,7 @@ class ShardCache:
                 if self.cancelled.wait(0.1):
                     raise OSError("cancelled")
 
-        tries = Tries(self.options.retries, self.options.timeout)
-        download(url, partial, tries, on_size=make_room, cancelled=self.cancelled)
+        download(url, partial, self.options.tries, on_size=make_room, cancelled=self.cancelled)
         if bounded:
             self._make_room(0, partial)  # for what came without a size
 

@@ -115,11 +115,14 @@ class ShardIndex:
 
     def verify(self, shard: Path) -> None:
         """Refuse an index that was not made for this file, to the last bit: its sha256 too."""
-        self.check(shard)
         with shard.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.sha256:
-            raise ValueError(f"{shard}: its sha256 is {found[:12]}..., its index was made for {self.sha256[:12]}...")
+            size = shard.stat().st_size
+            raise ValueError(
+                f"{size} bytes with sha256 {found[:12]}..., not {self.shard_size} with {self.sha256[:12]}..."
+            )
+        self.check(shard)
 
     def _check_header(self, document: int, file: IO[bytes], shard: Path, cure: str) -> None:
         offset, wanted = int(self.offsets[document]), self._key(document) + b".tokens"

@@ -15,7 +15,7 @@ from braceexpand import braceexpand
 from data_pipeline.cache import CacheOptions, Checked, ShardCache
 from data_pipeline.paths import expand_paths
 from data_pipeline.progress import byte_bar
-from data_pipeline.remote import PIPE, SAY_EVERY, beside, is_remote, list_urls, say
+from data_pipeline.remote import PIPE, SAY_EVERY, Tries, beside, is_remote, list_urls, say
 
 FETCHES = 8  # at once
 SIDECARS = (".idx", ".json", ".parquet")  # what a glob also finds beside shards, img2dataset's and ours
@@ -44,7 +44,12 @@ class Shard:
             yield self.path
             return
         with self.cache.held(self.url, self.path, index) as path:
-            yield path
+            try:
+                yield path
+            except ValueError as error:
+                if index is None:  # nothing else has told that it came whole
+                    path.unlink(missing_ok=True)
+                raise ValueError(str(error).replace(str(path), self.name)) from error
 
     def open(self, index: Checked | None = None) -> IO[bytes]:
         """The shard's file, open to be read."""
@@ -91,7 +96,8 @@ class Shard:
 def find_shards(patterns: str | Path | Sequence[str | Path], cache: CacheOptions | None = None) -> list[Shard]:
     """Shards for paths, URLs and commands (``pipe:``): braces are expanded, globs too where the store can list.
 
-    The order of the patterns is kept, each glob is sorted, repeats are dropped. URLs are not asked for yet.
+    The order of the patterns is kept, each glob is sorted, repeats are dropped. What needs no glob is not asked for
+    yet.
 
     Raises:
         FileNotFoundError: a pattern, or one of its brace members, matches nothing.
@@ -104,7 +110,7 @@ def find_shards(patterns: str | Path | Sequence[str | Path], cache: CacheOptions
     for pattern in patterns:
         name = str(pattern).removeprefix("file://")
         if is_remote(name):
-            shards = [Shard(url, store.path(url), store, url) for url in _urls(name)]
+            shards = [Shard(url, store.path(url), store, url) for url in _urls(name, store.options.tries)]
         else:
             path = Path(name) if name != str(pattern) else pattern
             paths = expand_paths([path], what="shards")
@@ -114,7 +120,7 @@ def find_shards(patterns: str | Path | Sequence[str | Path], cache: CacheOptions
     return list(found.values())
 
 
-def _urls(pattern: str) -> Iterator[str]:
+def _urls(pattern: str, tries: Tries) -> Iterator[str]:
     try:
         members = list(braceexpand(pattern))
     except ValueError as error:
@@ -123,7 +129,7 @@ def _urls(pattern: str) -> Iterator[str]:
         if member.startswith(PIPE) or not re.search(r"[*\[]", member):
             yield member
             continue
-        urls = [url for url in list_urls(member) if not url.endswith(SIDECARS)]
+        urls = [url for url in list_urls(member, tries) if not url.endswith(SIDECARS)]
         if not urls:
             raise FileNotFoundError(f"shards {pattern!r}: nothing there matches {member}; check the URL")
         yield from urls

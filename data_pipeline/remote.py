@@ -75,14 +75,21 @@ def beside(url: str, suffix: str, *, keep_query: bool = True) -> str:
     return urlunsplit((parts.scheme, parts.netloc, parts.path + suffix, query, ""))
 
 
-def list_urls(pattern: str) -> list[str]:
-    """Sorted URLs that a pattern with * or [ matches, where the store can list."""
+def list_urls(pattern: str, tries: Tries) -> list[str]:
+    """Sorted URLs of the files that a pattern with * or [ matches, where the store can list. Raises as `download`."""
+    with tempfile.TemporaryDirectory() as folder:
+        listing = Path(folder) / "listing"
+        download(pattern, listing, tries, opener=_open_listing)
+        return listing.read_text().splitlines()
+
+
+def _open_listing(pattern: str, _: float) -> Stream:
     store, path = _store(pattern)
     store.invalidate_cache()
-    try:
-        return sorted(store.unstrip_protocol(found) for found in store.glob(path))
-    except Exception as error:  # stores raise classes of their own
-        raise OSError(f"{shown(pattern)}: cannot be listed ({_reason(error)}); name the files with braces") from error
+    found = store.glob(path, detail=True)
+    files = [name for name, info in found.items() if info["type"] == "file" and not name.endswith("/")]
+    parts = iter(["\n".join(sorted(store.unstrip_protocol(name) for name in files)).encode(), b""])
+    return Stream(None, lambda: next(parts), lambda: None)
 
 
 def open_source(url: str, timeout: float) -> Stream:
@@ -101,7 +108,7 @@ def _store(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise ImportError(f"{shown(url)}: {error}; pip install 'pretrain-stack[remote]'") from error
+        raise ImportError(f"{error}; pip install 'pretrain-stack[remote]'") from error
 
 
 def _open_http(url: str, timeout: float) -> Stream:
@@ -165,6 +172,7 @@ class Attempt:
 
     url: str
     file: IO[bytes]
+    opener: Callable[[str, float], Stream]
     on_size: Callable[[int], None]  # called with the size before anything is written, where the source tells it
     size: int | None = None
     done: int = 0
@@ -180,7 +188,7 @@ class Attempt:
 
     def _run(self, timeout: float) -> None:
         try:
-            self.stream = open_source(self.url, timeout)
+            self.stream = self.opener(self.url, timeout)
             try:
                 self._copy(self.stream)
             finally:
@@ -210,7 +218,15 @@ class Attempt:
         return f"{self.done / 1e6:.1f}" + (f" of {self.size / 1e6:.1f} MB" if self.size else " MB")
 
 
-def download(url: str, path: Path, tries: Tries, *, on_size: Callable[[int], None], cancelled: threading.Event) -> None:
+def download(
+    url: str,
+    path: Path,
+    tries: Tries,
+    *,
+    on_size: Callable[[int], None] = lambda _: None,
+    cancelled: threading.Event | None = None,
+    opener: Callable[[str, float], Stream] = open_source,
+) -> None:
     """Write what a source has to a file.
 
     on_size: called with the number of bytes before they come, where the source tells it; may raise to refuse them.
@@ -219,11 +235,12 @@ def download(url: str, path: Path, tries: Tries, *, on_size: Callable[[int], Non
         FileNotFoundError: the source does not have it. ValueError: the URL or command is wrong. OSError: no attempt
         succeeded, or ``cancelled`` was set.
     """
+    cancelled = cancelled or threading.Event()
     for number in range(1, tries.retries + 2):
         which = f"attempt {number} of {tries.retries + 1}"
         try:
             with path.open("wb") as file:
-                _attempt(Attempt(url, file, on_size), tries.timeout, which, cancelled)
+                _attempt(Attempt(url, file, opener, on_size), tries.timeout, which, cancelled)
                 file.flush()
                 os.fsync(file.fileno())  # renamed later: whole or absent, also when the machine fails
             return

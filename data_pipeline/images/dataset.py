@@ -15,7 +15,7 @@ from data_pipeline.images.form import PictureForm
 from data_pipeline.images.index import MAX_TEXT, SUFFIX, PictureIndex, load_pictures
 from data_pipeline.images.problems import Problem, Skip
 from data_pipeline.index import find_key
-from data_pipeline.places import Shard, find_shards, load_each
+from data_pipeline.places import Shard, at_once, find_shards, load_each
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -139,8 +139,17 @@ class ImageTextDataset:
         """The index of the shard that holds a sample."""
         return self._indexes[self._shards[sample]]
 
+    def fetch(self, samples: Sequence[int]) -> None:
+        """Have the shards of samples here, those that are elsewhere and missing fetched several at once."""
+        files = {shard: self._files[shard] for shard in np.unique(self._shards[list(samples)]).tolist()}
+        missing = {file.name: shard for shard, file in files.items() if file.url and not file.path.is_file()}
+        if missing:
+            places = [self._files[shard] for shard in missing.values()]
+            at_once(lambda file: file.open(self._indexes[missing[file.name]]).close(), places)
+
     def texts(self, samples: Sequence[int]) -> list[list[np.ndarray]]:
         """Tokens before, between and after the pictures of each sample, one array more than it has pictures."""
+        self.fetch(samples)
         pieces = []
         for sample in samples:
             index, number = self.index(sample), int(self._samples[sample])

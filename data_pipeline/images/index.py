@@ -100,7 +100,12 @@ class PictureIndex:
             raise ValueError(f"{shard}: its index was made for another file of the same size; {cure}")
         self.check_places(shard, cure)
 
-    verify = check  # of whole files nothing more is known
+    def verify(self, shard: Path) -> None:
+        """Refuse an index that was not made for this file, as far as its size and ends tell."""
+        size = shard.stat().st_size
+        if size != self.shard_size or digest_ends(shard) != self.ends:
+            raise ValueError(f"{size} bytes, not the {self.shard_size} that begin and end as they did")
+        self.check(shard)
 
     def check_places(self, shard: Path | str, cure: str) -> None:
         """Refuse an index whose members cannot lie in any tar of its size."""
