@@ -118,6 +118,16 @@ class CheckpointConfig(Section):
     every: int = Field(100, gt=0, description="Steps between checkpoints; the last step is always saved")
     keep: int = Field(3, gt=0, description="Newest checkpoints to keep")
     keep_every: int = Field(0, ge=0, description="Also keep each whose step is a multiple of this; 0: none")
+    best: str = Field("", description="Also keep the best by this number, such as eval_loss; empty: none")
+    best_mode: Literal["min", "max"] = Field("min", description="Whether the lowest or the highest is best")
+    keep_best: int = Field(1, gt=0, description="How many of the best")
+    every_minutes: float = Field(0.0, ge=0, description="Also save when this long has passed since the last; 0: no")
+    in_background: bool = Field(
+        True, alias="async", description="Training goes on once the tensors are copied to host memory"
+    )
+    busy: Literal["wait", "skip"] = Field(
+        "wait", description="A save that is due while another is being written: wait for that one, or skip it"
+    )
 
 
 class EvalConfig(Section):
@@ -260,7 +270,7 @@ def override_config(run_dir: Path, overrides: list[str]) -> RunConfig:
 
 def write_config(config: RunConfig, path: Path) -> None:
     """Save a resolved config as TOML that `load_run_config` and `pretrain run` read."""
-    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, by_alias=True)))
 
 
 def explain_origins(config: RunConfig, origins: Origins) -> list[tuple[str, str, str]]:
@@ -270,7 +280,7 @@ def explain_origins(config: RunConfig, origins: Origins) -> list[tuple[str, str,
 
 def flat_config(config: RunConfig) -> Tree:
     """Dotted key -> value."""
-    return _flatten(config.model_dump(mode="json"), "")
+    return _flatten(config.model_dump(mode="json", by_alias=True), "")
 
 
 def recipe_schema() -> Tree:
@@ -369,7 +379,8 @@ def _known_keys() -> list[str]:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             found = []
             for name, field in annotation.model_fields.items():
-                found += [f"{prefix}{name}", *keys(field.annotation, f"{prefix}{name}.")]
+                key = f"{prefix}{field.alias or name}"
+                found += [key, *keys(field.annotation, f"{key}.")]
             return found
         if hasattr(annotation, "__dataclass_fields__"):
             return [f"{prefix}{name}" for name in annotation.__dataclass_fields__]

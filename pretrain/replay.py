@@ -54,7 +54,7 @@ def replay(config: RunConfig, world: World, step: int) -> Replayed:
             for done in range(start, step - 1):
                 batches, position.cursor = next(loader)
                 lr = learning_rate(config.schedule, done, config.train.steps, config.optim.lr)
-                train_step(engine, objective, [objective.collate(batch) for batch in batches], lr, False)
+                train_step(engine, objective, [objective.collate(batch) for batch in batches], lr)
         found = document_losses(engine, objective, stream, config, position.cursor)
     finally:
         engine.close()

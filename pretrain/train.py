@@ -3,7 +3,7 @@
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from checkpoints.collective import Ranks
-from checkpoints.state import rng_state
 from checkpoints.store import CheckpointStore
 from data_pipeline.ledger import Ledger
 from data_pipeline.loader import Loader
@@ -44,10 +43,12 @@ from pretrain.objectives import OBJECTIVES
 from pretrain.optim import build_optimizer
 from pretrain.resume import Position, check_changes, check_resume, resume
 from pretrain.router_health import RouterHealth
+from pretrain.saving import Saver
 from pretrain.schedule import learning_rate
 from pretrain.spikes import SPIKES, Spikes, document_losses, write_spike
 
 LEDGER = "ledger.bin"
+NOTHING: Mapping[str, bool] = {}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Run:
     held_out: Dataset | None
     stream: MixedStream
     loader: Loader
-    store: CheckpointStore
+    saver: Saver
     metrics: Metrics | None
     ledger: Ledger | None
 
@@ -85,9 +86,7 @@ def train(config: RunConfig, world: World, resume_command: str = "the same comma
 
 def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -> Position:
     run_dir = Path(config.run.dir)
-    store = CheckpointStore(
-        run_dir / "checkpoints", keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every or None
-    )
+    store = open_store(config)
     found = ranks.on_first(lambda: check_resume(config, store))
     config = with_tokenizer(config)
     datasets = open_datasets(config, ranks.on_first)
@@ -121,7 +120,9 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
             metrics = start_metrics(config, world, position)
             opened.callback(metrics.close)
             ledger = opened.enter_context(Ledger(run_dir / LEDGER, position.step, stream.timeline.names))
-        run = Run(config, engine, objective, datasets, held_out, stream, loader, store, metrics, ledger)
+        opened.callback(store.close)
+        saver = Saver(store, engine, config.checkpoint, metrics)
+        run = Run(config, engine, objective, datasets, held_out, stream, loader, saver, metrics, ledger)
         loop(run, position, resume_command)
     return position
 
@@ -144,6 +145,19 @@ def start_engine(config: RunConfig, world: World) -> tuple[Any, Engine]:
     if compiling:
         objective.compile()
     return objective, build_engine(config, world, objective, compiling)
+
+
+def open_store(config: RunConfig) -> CheckpointStore:
+    """The checkpoints of the run, of which the recipe says which ones stay."""
+    chosen = config.checkpoint
+    return CheckpointStore(
+        Path(config.run.dir) / "checkpoints",
+        keep=chosen.keep,
+        keep_every=chosen.keep_every or None,
+        best=chosen.best or None,
+        best_mode=chosen.best_mode,
+        keep_best=chosen.keep_best,
+    )
 
 
 def make_loader(config: RunConfig, engine: Engine, stream: MixedStream, cursor: int) -> Loader:
@@ -176,24 +190,27 @@ def loop(run: Run, position: Position, resume_command: str) -> None:
             if position.step == first and metrics is not None:
                 metrics.print(f"attention: {describe_attention(config, run.objective, batches[0], metrics.device)}")
             lr = learning_rate(config.schedule, position.step, total, config.optim.lr)
-            values, stop = train_step(run.engine, run.objective, batches, lr, bool(requested))
+            asked = {"stop": bool(requested), "save": run.saver.late()}
+            values, wanted = train_step(run.engine, run.objective, batches, lr, asked)
             if run.ledger is not None:
                 run.ledger.append(position.step + 1, position.cursor, run.stream.documents(position.cursor, batch_size))
             # The step before is looked at now, while the device works on this one: nobody waits.
-            numbers = check_step(previous, position.step, run.store)
+            numbers = check_step(previous, position.step, run.saver.store)
             stopping = bool(numbers.get("stop"))
             if score := spikes.score(numbers.get("loss")):
                 report_spike(run, position.step, position.cursor - batch_size, numbers["loss"], score)
             position.step, position.cursor = position.step + 1, cursor
-            previous = HostCopy({**values, "stop": stop})
+            previous = HostCopy({**values, **wanted})
+            run.saver.report()
             if metrics is not None:
                 metrics.log(position.step, values)
             due = [every and position.step % every == 0 for every in (config.eval.every, config.checkpoint.every)]
             if run.held_out is not None and (due[0] or position.step == last):
                 evaluate(run, position.step)
-            if due[1] or position.step == last or stopping:
-                check_step(previous, position.step, run.store)
-                save(run, position)
+            if due[1] or position.step == last or stopping or numbers.get("save"):
+                check_step(previous, position.step, run.saver.store)
+                save(run, position, last=position.step == last or stopping)
+        run.saver.finish()
     if position.step < total and metrics is not None:
         why = f"by a signal; resume with: {resume_command}" if stopping else "as train.stop_at says; resume without it"
         metrics.print(f"stopped at step {position.step} of {total} {why}")
@@ -210,18 +227,19 @@ def report_spike(run: Run, step: int, first: int, loss: float, score: float) -> 
 
 
 def train_step(
-    engine: Engine, objective: Any, microbatches: list[Batch], lr: float, stop: bool
-) -> tuple[dict[str, Tensor | float], Tensor]:
-    """One optimizer step; returns numbers for the log, and whether any rank was asked to stop.
+    engine: Engine, objective: Any, microbatches: list[Batch], lr: float, asked: Mapping[str, bool] = NOTHING
+) -> tuple[dict[str, Tensor | float], dict[str, Tensor]]:
+    """One optimizer step; returns numbers for the log, and which of `asked` any rank was asked for.
 
     The loss is a sum over targets divided by their global count, and gradients are summed: every layout, micro-batch
     size and accumulation agrees.
     """
-    count, stopping = engine.sum_over_data(torch.tensor([objective.count(microbatches), int(stop)])).unbind()
+    own = torch.tensor([objective.count(microbatches), *map(int, asked.values())])
+    count, *wanted = engine.sum_over_data(own).unbind()
     sums = engine.forward_backward(microbatches, count)
     norm = engine.clip_grad_norm()
     engine.step(lr)
-    return {**sums, "lr": lr, "grad_norm": norm}, stopping
+    return {**sums, "lr": lr, "grad_norm": norm}, dict(zip(asked, wanted, strict=True))
 
 
 def check_step(values: HostCopy, step: int, store: CheckpointStore) -> dict[str, float]:
@@ -231,6 +249,7 @@ def check_step(values: HostCopy, step: int, store: CheckpointStore) -> dict[str,
     numbers = values.read()
     broken = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers.get(name, 0.0))]
     if broken:
+        store.close()  # a save in the background may be about to end
         error = ValueError(
             f"{broken[0]} is {numbers[broken[0]]} at step {step}: nothing was saved since step "
             f"{store.newest_whole() or 0} in {store.folder}; resume there with a lower optim.lr, or look at the data"
@@ -262,6 +281,7 @@ def build_engine(config: RunConfig, world: World, objective: Any, compiling: boo
         clip_grad_norm=config.optim.clip_grad_norm,
         seed=config.run.seed,
         frozen=config.optim.freeze,
+        ema=config.optim.ema,
         across=getattr(objective, "across", None),
     )
     try:
@@ -278,35 +298,18 @@ def describe_attention(config: RunConfig, objective: Any, batch: Any, device: to
     return str(objective.describe(batch, config.model, config.train.precision, device))
 
 
-def save(run: Run, position: Position) -> None:
-    """Write a checkpoint; a failure ends the run, with the earlier ones untouched."""
-    state = run.engine.state_dict()
-    extra = {"cursor": position.cursor, "mixture": position.mixture}
+def save(run: Run, position: Position, *, last: bool) -> None:
+    """Write a checkpoint, or begin to: `Saver` says how it ended."""
     if run.ledger is not None:
         run.ledger.sync()
-
-    def write() -> Path:
-        return run.store.save(
-            position.step,
-            state["model"],
-            state["optimizer"],
-            extra,
-            ties=run.engine.ties,
-            rank_state={"rng": rng_state()},
-        )
-
-    if run.metrics is None:
-        write()
-        return
-    with run.metrics.paused():
-        path = write()
-    run.metrics.print(f"saved {path}")
+    run.saver.save(position.step, {"cursor": position.cursor, "mixture": position.mixture}, last=last)
 
 
 def evaluate(run: Run, step: int) -> None:
     assert run.held_out is not None
     with nullcontext() if run.metrics is None else run.metrics.paused():
         values = held_out_loss(run.engine, run.objective, run.held_out, run.config)
+    run.saver.measured(step, HostCopy(values).read())
     if run.metrics is not None:
         run.metrics.log_eval(step, values)
 

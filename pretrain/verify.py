@@ -93,7 +93,7 @@ def run_steps(config: RunConfig, world: World, steps: int) -> Outcome:
     norms: dict[str, float] = {}
     for step in range(1, steps + 1):
         batches = [objective.collate(batch) for batch in next(loader)[0]]
-        values, _ = train_step(recorder, objective, batches, LEARNING_RATE, False)
+        values, _ = train_step(recorder, objective, batches, LEARNING_RATE)
         shown = [name for name in (*objective.sums, *ROUTER_LOSSES) if name in values and name not in COUNTED]
         losses |= {f"{name} of step {step}": float(torch.as_tensor(values[name]).sum()) for name in shown}
         norms[f"gradient norm of step {step}"] = float(values["grad_norm"])
@@ -330,7 +330,7 @@ def changed(config: RunConfig, values: dict[str, Any]) -> RunConfig:
 
 
 def to_text(config: RunConfig) -> str:
-    return config.model_dump_json()
+    return config.model_dump_json(by_alias=True)
 
 
 def from_text(text: str) -> RunConfig:

@@ -70,7 +70,7 @@ def engine_alone(folder: str, steps: int, compiled: bool, world: World) -> list[
     batch = objective.collate(random_batch())
 
     def step() -> None:
-        values, _ = train_step(engine, objective, [batch], 1e-4, False)
+        values, _ = train_step(engine, objective, [batch], 1e-4)
         float(values["loss"])
 
     return bench_train.time_calls(step, steps)

@@ -85,7 +85,7 @@ def step(layout: list[str], microbatches: int) -> dict[str, tuple[int, int]]:
     zeros = {name: torch.zeros(B, S, dtype=torch.int64) for name in ("tokens", "targets", "positions", "documents")}
     batches = [objective.collate(zeros)] * microbatches
     with Ledger() as ledger:
-        train_step(engine, objective, batches, 1e-3, False)
+        train_step(engine, objective, batches, 1e-3)
     return {kind: (ledger.calls[kind], ledger.bytes[kind]) for kind in ledger.calls}
 
 

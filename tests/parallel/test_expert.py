@@ -83,7 +83,7 @@ def run(settings: list[str], micro_batch: int = 2, steps: int = 3) -> tuple[dict
     ]
     numbers = {}
     for step in range(steps):
-        values, _ = train_step(engine, objective, batches, 1e-2, False)
+        values, _ = train_step(engine, objective, batches, 1e-2)
         for name in ("loss", "grad_norm", "balance_loss", "z_loss", "router_rows"):
             for index, value in enumerate(values[name].flatten().tolist()):
                 numbers[f"{name} {index} of step {step}"] = value
@@ -143,7 +143,7 @@ def traffic(settings: list[str]) -> tuple[int, int, list[int]]:
     zeros = torch.zeros_like(tokens)
     batch = {"tokens": tokens, "targets": tokens, "positions": zeros, "documents": zeros}
     with Ledger() as ledger:
-        values, _ = train_step(engine, objective, [objective.collate(batch)], 1e-3, False)
+        values, _ = train_step(engine, objective, [objective.collate(batch)], 1e-3)
     count = 2 * S * engine.data_world
     rows = (values["router_rows"] * count).round().int()
     return ledger.calls["all_to_all"], ledger.bytes["all_to_all"], rows.tolist()

@@ -150,7 +150,7 @@ def a_step(words: list[str]) -> tuple[Engine, dict]:
     stream, each = synthetic_stream(config), 2 // size
     # Row 0 is full of pictures, row 1 has none: of two data ranks one sees nothing.
     rows = [to_torch(stream.read(row, 1)) for row in range(engine.data_rank * each, (engine.data_rank + 1) * each)]
-    values, _ = train_step(engine, objective, [objective.collate(row) for row in rows], 1e-2, False)
+    values, _ = train_step(engine, objective, [objective.collate(row) for row in rows], 1e-2)
     return engine, {name: float(torch.as_tensor(value)) for name, value in values.items()}
 
 
