@@ -65,8 +65,9 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
     )
     if hasattr(model, "max_seq_len"):
         values["max_seq_len"] = max(seq_len, values.get("max_seq_len", 0))
-    else:  # its rows are patches
+    else:  # its rows are patches, its blocks the tower's
         seq_len = pictures["patches"] = min(seq_len, config.data.seq_len)
+        values["vision"] = values["vision"].model_copy(update={"layers": _layers(config, degrees["pp"])})
     if getattr(model, "window", 0):
         values["window"] = max(2, seq_len // 5)
     if not model.vocab_size:

@@ -43,6 +43,10 @@ class ViTConfig(BaseModel):
         return len(self.classes)
 
     @property
+    def layers(self) -> int:
+        return self.vision.layers
+
+    @property
     def places(self) -> int:
         """Patches of a picture that fills the grid, the class token's place included."""
         return math.prod(self.vision.grid) + self.vision.class_token
