@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -38,8 +37,8 @@ class Corpus:
     """
 
     def __init__(self, shards: Sequence[ShardFacts]) -> None:
-        pairs = [(shard.path, shard.tokens) for shard in shards if shard.tokens is not None]
-        self.paths: list[Path] = [path for path, _ in pairs]
+        pairs = [(shard, shard.tokens) for shard in shards if shard.tokens is not None]
+        self.shards: list[ShardFacts] = [shard for shard, _ in pairs]
         self.parts: list[TokenFacts] = [part for _, part in pairs]
         self.first = np.cumsum([0, *(len(part.lengths) for part in self.parts)])
         self.lengths = np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in self.parts)])
@@ -59,7 +58,7 @@ class Corpus:
         """Shard and key of a document."""
         shard = int(np.searchsorted(self.first, document, side="right")) - 1
         key = self.parts[shard].keys[document - self.first[shard]]
-        return str(self.paths[shard]), key.decode(errors="replace")
+        return self.shards[shard].name, key.decode(errors="replace")
 
     def check_unknown(self, findings: Findings) -> None:
         """The share of unknown tokens."""
@@ -129,7 +128,7 @@ class Corpus:
 
     def _leaks(self, cluster: Cluster) -> bool:
         shards = np.searchsorted(self.first, cluster.documents, side="right") - 1
-        return len({split_of(self.paths[shard]).lower() in HELD_OUT for shard in set(shards.tolist())}) == 2
+        return len({split_of(self.shards[shard].path).lower() in HELD_OUT for shard in set(shards.tolist())}) == 2
 
 
 def equal_groups(values: np.ndarray) -> list[np.ndarray]:

@@ -8,14 +8,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.cache import CacheOptions
 from data_pipeline.chunk import start_worker
 from data_pipeline.doctor.corpus import Cluster, Corpus
 from data_pipeline.doctor.findings import Findings
-from data_pipeline.doctor.shard import ShardFacts, examine_shard
+from data_pipeline.doctor.shard import ShardFacts, examine_named, examine_shard
 from data_pipeline.doctor.together import check_keys, check_pictures, check_sizes, check_vocabularies
 from data_pipeline.doctor.tokens import Limits
 from data_pipeline.doctor.vocabulary import Vocabulary, check_splits, read_vocabulary
-from data_pipeline.paths import expand_paths
+from data_pipeline.places import Shard, find_shards
 from data_pipeline.progress import byte_bar
 from data_pipeline.tokenizer import load_tokenizer
 
@@ -54,6 +55,7 @@ def diagnose(
     near_documents: int = NEAR_DOCUMENTS,
     near_similarity: float = SIMILARITY,
     workers: int | None = None,
+    cache: CacheOptions | None = None,
     progress: bool = True,
 ) -> Diagnosis:
     """Read shards from end to end, a shard at a time in each of ``workers`` processes, and check them.
@@ -61,14 +63,14 @@ def diagnose(
     Memory: about 60 bytes and a key for each document, and 256 bytes for each that is searched for near duplicates.
 
     Args:
-        shards: a path or pattern, or several, of token or image-text shards.
+        shards: a folder, path, URL or pattern, or several, of token or image-text shards.
         tokenizer: of the token shards, in place of what their folder's dataset.json names.
         readers: processes that will each read whole shards.
         most_tokens: a longer document is reported.
         near_documents: documents among which near duplicates are searched; of more a sample is taken.
         near_similarity: estimated Jaccard similarity of two documents' 5-token shingles from which they are near
             duplicates.
-        workers: default one a usable CPU.
+        workers: default one a usable CPU. cache: where shards from elsewhere are kept.
         progress: show a bar.
 
     Raises:
@@ -82,18 +84,21 @@ def diagnose(
         raise ValueError(f"near_similarity {near_similarity}: must be 0.5 to 1")
     began = time.perf_counter()
     patterns = [shards] if isinstance(shards, str | Path) else list(shards)
-    paths = expand_paths(patterns, what="shards")
+    patterns = [f"{pattern}/*.tar" if Path(pattern).is_dir() else pattern for pattern in patterns]
+    cache = cache or CacheOptions()
+    found_shards = find_shards(patterns, cache)
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
-    told = {folder: Findings() for folder in dict.fromkeys(path.parent for path in paths)}
-    vocabularies = {folder: read_vocabulary(folder, given, found) for folder, found in told.items()}
+    firsts = {shard.path.parent: shard for shard in reversed(found_shards)}
+    told = {folder: Findings() for folder in firsts}
+    vocabularies = {folder: read_vocabulary(shard, given, told[folder]) for folder, shard in firsts.items()}
     limits = Limits(most_tokens, near_documents)
-    facts = list(_examined(paths, vocabularies, limits, workers, progress))
+    facts = list(_examined(found_shards, cache, vocabularies, limits, workers, progress))
     findings = Findings()
     with_tokens = {shard.path.parent for shard in facts if shard.tokens is not None}
     for folder, found in told.items():
         if folder in with_tokens or not found.counts["description-missing"]:
             findings.extend(found)
-        check_splits(folder, [path for path in paths if path.parent == folder], findings)
+        check_splits(folder, [s.path for s in found_shards if s.path.parent == folder and not s.url], findings)
     for shard in facts:
         findings.extend(shard.findings)
     check_vocabularies({folder: v for folder, v in vocabularies.items() if folder in with_tokens}, findings)
@@ -110,19 +115,26 @@ def diagnose(
 
 
 def _examined(
-    paths: list[Path], vocabularies: dict[Path, Vocabulary], limits: Limits, workers: int | None, progress: bool
+    shards: list[Shard],
+    cache: CacheOptions,
+    vocabularies: dict[Path, Vocabulary],
+    limits: Limits,
+    workers: int | None,
+    progress: bool,
 ) -> Iterator[ShardFacts]:
     """Each shard's facts, in the order of the shards."""
-    total = sum(path.stat().st_size for path in paths)
-    number = min(len(paths), workers or min(len(os.sched_getaffinity(0)), 1 + total // BYTES_A_WORKER))
-    with byte_bar(f"examining {len(paths)} shards", total, show=progress, keep=False) as advance:
+    total = sum(0 if shard.url else shard.path.stat().st_size for shard in shards)
+    most = len(shards) if any(shard.url for shard in shards) else 1 + total // BYTES_A_WORKER
+    number = min(len(shards), workers or min(len(os.sched_getaffinity(0)), most))
+    with byte_bar(f"examining {len(shards)} shards", total, show=progress, keep=False) as advance:
         if number <= 1:
-            for path in paths:
-                yield _told(examine_shard(path, vocabularies[path.parent], limits), advance)
+            for shard in shards:
+                yield _told(examine_shard(shard, vocabularies[shard.path.parent], limits), advance)
             return
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(number, context, start_worker) as pool:
-            futures = [pool.submit(examine_shard, path, vocabularies[path.parent], limits) for path in paths]
+            jobs = [(shard.name, cache, vocabularies[shard.path.parent], limits) for shard in shards]
+            futures = [pool.submit(examine_named, *job) for job in jobs]
             try:
                 for future in futures:
                     yield _told(future.result(), advance)

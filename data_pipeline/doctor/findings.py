@@ -13,6 +13,7 @@ RESTORE, REINDEX = "restore the shard or build it again", "remove the index: it 
 REBUILD = "build the shards again"
 CODES: dict[str, tuple[Severity, str]] = {
     "torn": ("error", RESTORE),
+    "unreadable": ("error", "see that it is there and may be read"),
     "after-end": ("error", "write one tar, rather than several behind each other"),
     "member-name": ("error", "write the tar again with plain relative names"),
     "member-kind": ("warning", "write plain files alone; readers pass over all else"),

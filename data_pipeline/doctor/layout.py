@@ -70,7 +70,7 @@ def _sort_in(layout: Layout, key: str, extension: str, place: Place) -> None:
     if extension == "tokens":
         layout.tokens.append((key, place))
     elif extension == "json":
-        layout.tables[key] = place
+        layout.tables[key] = (0, 0) if key in layout.tables else place  # of two, nobody knows which is whose
     elif extension.rpartition(".")[2] in PICTURES:
         layout.pictures += 1
     else:

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.doctor.findings import Findings
+from data_pipeline.doctor.indexes import reason
 from data_pipeline.images.captions import caption_text
 from data_pipeline.images.decode import MAX_BYTES, MAX_PIXELS, PictureError, check_limits, decode
-from data_pipeline.images.index import ARRAYS, MAX_TEXT, PictureIndex, index_path, scan_pictures
+from data_pipeline.images.index import ARRAYS, MAX_TEXT, SUFFIX, PictureIndex, scan_pictures
+from data_pipeline.places import Shard
 
 PLACEHOLDER = "<image>"
 TINY = 16  # pixels of the shorter side
@@ -33,18 +35,20 @@ class PictureFacts:
     decoded: int = 0
 
 
-def examine_pictures(path: Path, data: mmap.mmap, findings: Findings) -> PictureFacts | None:
-    """Check the samples of a shard, mapped as ``data``, and its index; None where it cannot be read at all."""
+def examine_pictures(source: Shard, path: Path, data: mmap.mmap, findings: Findings) -> PictureFacts | None:
+    """Check the samples of a shard, which lies in ``path`` and is mapped as ``data``, and its index; None where it
+    cannot be read at all.
+    """
     try:
         index = scan_pictures(path)
     except ValueError:
         return None  # torn or led out of the tar, which its layout told already
-    _compare_index(path, index, findings)
+    _compare_index(source, path, index, findings)
     for key, why in index.problems:
         missing = "caption-missing" if why.startswith("no caption") else "sample"
-        findings.add(missing, why, str(path), key)
-    facts = _read(str(path), data, index, findings)
-    _check_sizes(str(path), index, facts, findings)
+        findings.add(missing, why, source.name, key)
+    facts = _read(source.name, data, index, findings)
+    _check_sizes(source.name, index, facts, findings)
     return facts
 
 
@@ -110,23 +114,24 @@ def _check_sizes(shard: str, index: PictureIndex, facts: PictureFacts, findings:
         )
 
 
-def _compare_index(path: Path, found: PictureIndex, findings: Findings) -> None:
-    if not index_path(path).is_file():
-        findings.add("index-missing", f"there is no {index_path(path).name}", str(path))
+def _compare_index(source: Shard, path: Path, found: PictureIndex, findings: Findings) -> None:
+    beside = source.beside(SUFFIX)
+    if not beside.is_file():
+        findings.add("index-missing", f"there is no {beside.name}", source.name)
         return
     try:
-        index = PictureIndex.load(index_path(path))
+        index = PictureIndex.load(beside)
     except (ValueError, OSError) as error:
-        findings.add("index-broken", str(error).rpartition("; ")[0], str(path))
+        findings.add("index-broken", reason(error, beside), source.name)
         return
     try:
         index.check(path)
     except ValueError as error:
-        findings.add("index-mismatch", str(error).rpartition("; ")[0], str(path))
+        findings.add("index-mismatch", reason(error, path), source.name)
         return
     for name in ARRAYS:
         if not np.array_equal(getattr(index, name), getattr(found, name)):
-            findings.add("index-mismatch", f"{name} are not those of the shard's {len(found.texts)} samples", str(path))
+            findings.add("index-mismatch", f"{name} are not those of its {len(found.texts)} samples", source.name)
             return
 
 

@@ -102,7 +102,7 @@ def _clusters(diagnosis: Diagnosis) -> list[dict[str, Any]]:
 
 
 def _shard(shard: ShardFacts) -> dict[str, Any]:
-    facts: dict[str, Any] = {"path": str(shard.path), "bytes": shard.num_bytes, "seconds": round(shard.seconds, 3)}
+    facts: dict[str, Any] = {"path": shard.name, "bytes": shard.num_bytes, "seconds": round(shard.seconds, 3)}
     if shard.tokens is not None:
         facts |= {"documents": len(shard.tokens.lengths), "tokens": int(shard.tokens.lengths.sum())}
     if shard.pictures is not None:

@@ -20,7 +20,7 @@ def check_keys(shards: Sequence[ShardFacts], findings: Findings) -> None:
     for shard in shards:
         facts = shard.tokens or shard.pictures
         if facts is not None and len(facts.keys):
-            folders[shard.path.parent].append((str(shard.path), np.unique(facts.keys)))
+            folders[shard.path.parent].append((shard.name, np.unique(facts.keys)))
     for named in folders.values():
         hashes = np.concatenate([_hashed(keys) for _, keys in named])
         first = np.cumsum([0, *(len(keys) for _, keys in named)])
@@ -53,7 +53,7 @@ def check_sizes(shards: Sequence[ShardFacts], readers: int | None, findings: Fin
     splits: dict[tuple[Path, str], list[tuple[Path, int]]] = defaultdict(list)
     for shard in shards:
         size = num_items(shard)
-        if size:
+        if size and not shard.findings.counts["torn"]:
             splits[shard.path.parent, split_of(shard.path)].append((shard.path, size))
     for (folder, split), members in splits.items():
         sizes = np.array([size for _, size in members])
@@ -84,7 +84,7 @@ def check_vocabularies(vocabularies: dict[Path, Vocabulary], findings: Findings)
 
 def check_pictures(shards: Sequence[ShardFacts], findings: Findings) -> None:
     """Pictures and captions that come more than once."""
-    parts = [(str(shard.path), shard.pictures) for shard in shards if shard.pictures is not None]
+    parts = [(shard.name, shard.pictures) for shard in shards if shard.pictures is not None]
     if not parts:
         return
     places = [(name, facts.keys[owner].decode(errors="replace")) for name, facts in parts for owner in facts.owners]

@@ -16,6 +16,7 @@ from data_pipeline.doctor.layout import Layout
 from data_pipeline.doctor.minhash import Sketches, sketch
 from data_pipeline.doctor.vocabulary import Vocabulary
 from data_pipeline.index import make_index
+from data_pipeline.places import Shard
 
 TOKENS_AT_ONCE = 1 << 17  # fits the caches: several times as fast as a million
 MIN_TOKENS = 64  # of a document whose entropy or share of unknown tokens is judged
@@ -45,14 +46,20 @@ class TokenFacts:
 
 
 def examine_tokens(
-    path: Path, data: mmap.mmap, layout: Layout, vocabulary: Vocabulary, limits: Limits, findings: Findings
+    source: Shard,
+    path: Path,
+    data: mmap.mmap,
+    layout: Layout,
+    vocabulary: Vocabulary,
+    limits: Limits,
+    findings: Findings,
 ) -> TokenFacts:
-    """Check the documents of a shard, mapped as ``data``, and its index."""
-    index = read_index(path, findings)
+    """Check the documents of a shard, which lies in ``path`` and is mapped as ``data``, and its index."""
+    index = read_index(source, findings)
     name = (index.dtype if index else vocabulary.dtype) or "uint16"
     if index and vocabulary.dtype and index.dtype != vocabulary.dtype:
-        findings.add("dtype", f"holds {index.dtype}, its folder's vocabulary is of {vocabulary.dtype}", str(path))
-    shard = _Shard(str(path), data, layout, name, vocabulary, findings)
+        findings.add("dtype", f"holds {index.dtype}, its folder's vocabulary is of {vocabulary.dtype}", source.name)
+    shard = _Shard(source.name, data, layout, name, vocabulary, findings)
     shard.check_lengths(limits.most_tokens)
     for begin, end in _batches(shard.lengths):
         shard.examine(begin, end, limits.most_sketches)
@@ -62,7 +69,7 @@ def examine_tokens(
         rows = list(zip(shard.offsets.tolist(), shard.lengths.tolist(), text_bytes, strict=True))
         keys = [key for key, _ in layout.tokens]
         facts = {"dtype": name, "shard_size": len(data), "sha256": "", "max_token": shard.largest}
-        compare_index(path, data, index, make_index(rows, keys, **facts), findings)
+        compare_index(source.name, path, data, index, make_index(rows, keys, **facts), findings)
     return shard.facts(limits.most_sketches)
 
 

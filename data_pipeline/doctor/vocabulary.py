@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.doctor.findings import Findings
+from data_pipeline.folders import load_infos
+from data_pipeline.places import Shard
 from data_pipeline.shards import DATASET_FILE, DatasetInfo
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
@@ -20,10 +22,11 @@ class Vocabulary:
     fingerprint: str | None = None
 
 
-def read_vocabulary(folder: Path, given: Tokenizer | None, findings: Findings) -> Vocabulary:
-    """From a folder's dataset.json and its tokenizer, or the one ``given`` in its place."""
+def read_vocabulary(shard: Shard, given: Tokenizer | None, findings: Findings) -> Vocabulary:
+    """From the dataset.json of a shard's folder and its tokenizer, or the one ``given`` in its place."""
+    folder = shard.path.parent
     try:
-        info = DatasetInfo.load(folder)
+        info = load_infos([shard])[folder]
     except (ValueError, OSError) as error:
         findings.add("description", str(error))
         info = None

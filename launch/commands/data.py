@@ -1,4 +1,4 @@
-"""pretrain data build, inspect, index"""
+"""pretrain data build, inspect, index, doctor"""
 
 import argparse
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 from data_pipeline.build import TrainTokenizer
 from data_pipeline.build import build as build_shards
 from data_pipeline.cache import CacheOptions
+from data_pipeline.doctor.diagnosis import diagnose
+from data_pipeline.doctor.report import text_lines, write_json, write_page
 from data_pipeline.indexing import index_shards
 from data_pipeline.inspection import inspect_shards
 from data_pipeline.sources.stdlib import stdlib_files
@@ -46,3 +48,23 @@ def index(args: argparse.Namespace) -> int:
         failed += bool(done.error)
         print(f"error: {done.error}" if done.error else done.line, flush=True)
     return 1 if failed else 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Print what is wrong with shards; 1 when there is an error among it."""
+    diagnosis = diagnose(
+        args.shards,
+        tokenizer=args.tokenizer,
+        readers=args.readers,
+        most_tokens=args.max_tokens,
+        near_documents=args.near_documents,
+        near_similarity=args.similarity,
+        workers=args.workers,
+        cache=CacheOptions(dir=args.cache) if args.cache else None,
+    )
+    for line in text_lines(diagnosis):
+        print(line)
+    for out, write in ((args.json, write_json), (args.html, write_page)):
+        if out:
+            write(diagnosis, Path(out))
+    return 0 if diagnosis.healthy else 1
