@@ -20,6 +20,7 @@ def add_two(shape: tuple[int, ...]) -> tuple[int, ...]:
     return 1, 1, shape[0]
 
 
+ARCHITECTURE = "ViTForImageClassification"
 LAYER = "vit.encoder.layer.{i}"
 TENSORS: tuple[Row, ...] = (
     View("patch_embed.weight", "vit.embeddings.patch_embeddings.projection.weight", convolution),
@@ -91,6 +92,13 @@ def _classes_to_native(hf: Config) -> Config:
     return {"classes": [names[number] for number in range(len(names))]}
 
 
+def _with_head(hf: Config) -> Config:
+    """A bare tower (`ViTModel`) has no classes to tell."""
+    if hf.get("architectures") not in (None, [ARCHITECTURE]):
+        raise misfit("architectures", hf["architectures"], [[ARCHITECTURE]])
+    return {}
+
+
 def probe(native: Config) -> Probe:
     """Two random pictures."""
     generator, patches = torch.Generator().manual_seed(0), native["patches"]
@@ -107,7 +115,7 @@ INPUTS = {"x": "patches", "grid": "grid"}  # of our model, and where a row of pi
 
 VIT = Brand(
     "vit",
-    "ViTForImageClassification",
+    ARCHITECTURE,
     TENSORS,
     (
         *fixed(family="vit", pool="class"),
@@ -117,6 +125,7 @@ VIT = Brand(
             _tower_to_hf,
             _tower_to_native,
         ),
+        Mapped((), ("architectures",), lambda native: {}, _with_head),
         Mapped(("classes",), ("id2label", "label2id"), _classes_to_hf, _classes_to_native),
     ),
     carried=(
