@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import random
 import shutil
 import tarfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from data_pipeline.cache import CacheOptions
 from data_pipeline.doctor.diagnosis import diagnose
 from data_pipeline.doctor.findings import CODES
 from data_pipeline.index import END_OF_ARCHIVE, ShardIndex, index_path
@@ -27,6 +29,7 @@ from tests.data_pipeline.doctor_shards import (
     write_corpus,
     write_split,
 )
+from tests.data_pipeline.servers import serving
 
 SECOND = "train-00001.tar"
 
@@ -138,6 +141,31 @@ def test_a_spoilt_shard_is_told_and_the_others_are_read(corpus, spoil, codes, do
 def test_the_document_that_an_index_has_wrong_is_named(corpus) -> None:
     wrong_length(corpus / SECOND)
     assert found(examine(corpus)) == [("index-mismatch", SECOND, "doc0024")]
+
+
+@pytest.mark.parametrize("name", [SECOND, f"{SECOND}.idx", "dataset.json"])
+def test_any_damage_is_an_error(corpus, name) -> None:
+    """Bits that change and files that end early, wherever it happens: found each time, and never more than reported."""
+    path = corpus / name
+    whole, draw = path.read_bytes(), random.Random(7)
+    for trial in range(25):
+        at = draw.randrange(len(whole))
+        damaged = bytearray(whole) if trial % 2 else bytearray(whole[:at])
+        if trial % 2:
+            damaged[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(bytes(damaged))
+        assert not examine(corpus).healthy, f"byte {at} of {len(whole)}, trial {trial}"
+
+
+def test_shards_from_elsewhere(corpus, tmp_path) -> None:
+    cut(corpus / SECOND)
+    with serving(corpus) as server:
+        options = CacheOptions(dir=str(tmp_path / "cache"), retries=0)
+        urls = [f"{server.url}/train-{{00000..00002}}.tar", f"{server.url}/none.tar"]
+        diagnosis = diagnose(urls, progress=False, workers=1, cache=options)
+    assert found(diagnosis) == [("torn", SECOND, ""), ("unreadable", "none.tar", "")]
+    assert diagnosis.findings.kept[0].shard == f"{server.url}/{SECOND}"
+    assert 40 < len(diagnosis.corpus.lengths) < 60 and len(diagnosis.corpus.counts) == VOCABULARY
 
 
 def test_shard_that_cannot_be_opened(corpus, monkeypatch) -> None:
