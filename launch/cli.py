@@ -187,10 +187,11 @@ def _add_combining(checkpoint: Any) -> None:
     average = _leaf(checkpoint, "average", "combine:average", "make a run out of the mean of a run's last checkpoints")
     average.add_argument("--last", type=int, required=True, metavar="K", help="checkpoints to average")
     average.add_argument("--decay", type=float, help="exponential moving average with this decay (default: the mean)")
+    ema = _leaf(checkpoint, "ema", "combine:ema", "make a run of the moving average that optim.ema kept of the weights")
     cast = _leaf(checkpoint, "cast", "combine:cast", "make a run whose weights have another type")
     cast.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), required=True, help="type of the model's weights")
     bare = _leaf(checkpoint, "prune-optimizer", "combine:prune_optimizer", "make a run without optimizer state")
-    for leaf in (average, cast, bare):
+    for leaf in (average, ema, cast, bare):
         leaf.add_argument("run", help="the run's folder, or one checkpoint's")
         leaf.add_argument("out", help="a new run's folder")
         leaf.add_argument("--step", type=int, help="checkpoint to take, the newest one of an average (default: newest)")

@@ -49,7 +49,9 @@ class TokenizerConfig(Section):
 class SourceConfig(Section):
     """One of `[[data.sources]]`"""
 
-    shards: str = Field(description="Shards of text or of pictures with text: a path or glob; {000..127} is expanded")
+    shards: str = Field(
+        description="Shards of text or of pictures with text: a path, glob, URL or `pipe:command`; {000..127} is expanded"
+    )
     name: str = Field("", description="What the run remembers the source by; empty: its shards")
     weight: float | tuple[tuple[int, float], ...] = Field(
         1.0,
@@ -76,6 +78,15 @@ class PicturesConfig(Section):
     workers: int = Field(0, ge=0, description="Threads that decode, beside the one that reads ahead")
 
 
+class CacheConfig(Section):
+    """`[data.cache]`"""
+
+    dir: str = Field("~/.cache/pretrain/shards", min_length=1, description="Where shards from elsewhere are kept")
+    gb: float = Field(100.0, gt=0, description="Gigabytes (1e9 bytes) of them at most; less where the disk has less")
+    retries: int = Field(5, ge=0, description="Further attempts, with growing pauses, after one that failed")
+    timeout: float = Field(60.0, gt=0, description="Seconds without a byte that end an attempt")
+
+
 class DataConfig(Section):
     """`[data]`"""
 
@@ -92,6 +103,7 @@ class DataConfig(Section):
     skip: str = Field("", description="File of documents to leave out, a line each as `pretrain data ledger` prints it")
     patches: int = Field(0, ge=0, description="Image patches of one sample, all pictures together; 0: text alone")
     pictures: PicturesConfig = Field(PicturesConfig(), description="What becomes of pictures")
+    cache: CacheConfig = Field(CacheConfig(), description="Of shards from elsewhere: http(s)://, s3://, gs://, pipe:")
     prefetch: int = Field(2, ge=0, description="Steps read ahead in a background thread")
 
 

@@ -1,4 +1,4 @@
-"""pretrain checkpoint merge, average, cast, prune-optimizer"""
+"""pretrain checkpoint merge, average, ema, cast, prune-optimizer"""
 
 import argparse
 from pathlib import Path
@@ -96,6 +96,20 @@ def prune_optimizer(args: argparse.Namespace) -> None:
         f"copied {checkpoint} without optimizer state to the run {args.out}, at step {manifest.step}: "
         f"{manifest.num_bytes / 1e6:,.1f} MB -> {new.num_bytes / 1e6:,.1f} MB; training on starts a fresh optimizer"
     )
+    _print_next(args.out)
+
+
+def ema(args: argparse.Namespace) -> None:
+    """Make a run whose weights are the moving average that was kept beside a run's, at the same step."""
+    run_dir, checkpoint = find_checkpoint(Path(args.run), args.step)
+    lineage = origin("ema", {"decay": load_run_config(run_dir).optim.ema}, checkpoint)
+
+    def write(target: Target, progress: Progress) -> None:
+        rewrite(checkpoint, target, lineage, progress=progress, averaged=True)
+
+    step = Manifest.read(checkpoint).step
+    make_run(run_dir, configure(run_dir, Path(args.out)), saved_state(checkpoint), write, step=step, same_model=True)
+    print(f"made the run {args.out}, at step {step}, of the moving average in {checkpoint}, without optimizer state")
     _print_next(args.out)
 
 

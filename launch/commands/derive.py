@@ -40,7 +40,8 @@ def saved_state(checkpoint: Path) -> dict[str, Any]:
 
 def place_in_data(checkpoint: Path) -> dict[str, Any]:
     """The state of a run of step 0 that goes on in the data where `checkpoint` was."""
-    return {"cursor": saved_state(checkpoint).get("cursor", 0)}
+    state = saved_state(checkpoint)
+    return {key: state[key] for key in ("cursor", "mixture") if key in state}
 
 
 def make_run(

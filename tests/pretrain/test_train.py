@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from checkpoints.store import CheckpointStore
 from data_pipeline.tokenizer import train_tokenizer
+from launch.cli import main
 from parallel.world import World
 from pretrain.config import RunConfig, load_run_config, resolve
 from pretrain.load import load_trained, run_tokenizer
@@ -307,7 +308,7 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return {n.partition(":")[2]: t for n, t in tensors(run_dir, step).items() if n.startswith("model/")}
 
 
-def test_average_of_the_weights(tmp_path, tiny_shards):
+def test_average_of_the_weights(tmp_path, tiny_shards, capsys):
     """Kept as optimizer state: exact, resumed bitwise, begun and ended at a resume."""
     chosen = ["train.steps=4", "checkpoint.every=1", "checkpoint.keep=9", "optim.ema=0.75"]
     train(small_config(tmp_path / "whole", tiny_shards, *chosen), ALONE)
@@ -327,3 +328,10 @@ def test_average_of_the_weights(tmp_path, tiny_shards):
     train(small_config(tmp_path / "late", tiny_shards, *chosen, "optim.ema=0.0"), ALONE)
     assert not averages(tmp_path / "late", 4)
     assert losses(tmp_path / "late") == losses(tmp_path / "whole"), "it changes nothing else"
+    whole, out = tmp_path / "whole", tmp_path / "averaged"
+    assert main(["checkpoint", "ema", str(whole), str(out)]) == 0
+    average, made = averages(whole, 4), weights(out, 4)
+    assert made.keys() == average.keys()
+    assert all(torch.equal(made[name], average[name]) for name in made)
+    assert main(["checkpoint", "ema", str(tmp_path / "late"), str(tmp_path / "none")]) == 2
+    assert "holds no moving average" in capsys.readouterr().err
