@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test test-fast lint format bench bench-plan gpu-check clean
+.PHONY: quickstart test test-fast lint format bench bench-plan gpu-check chaos clean
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -55,6 +55,9 @@ bench-plan: .venv/test  # the planner against published runs
 
 gpu-check: .venv/test
 	$(BIN)/python -m tests.bench.gpu_check
+
+chaos: .venv/test  # kills a run 500 times and resumes it; an hour or more
+	$(BIN)/python -m tests.checkpoints.chaos --kills 500
 
 clean:
 	rm -rf .venv data runs
