@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from checkpoints.commit import find_steps, step_folder
 from checkpoints.manifest import STATE, Manifest, fsync, write_durably
@@ -129,12 +129,6 @@ def rewind(folder: Path, step: int, also: Sequence[Path] = ()) -> Path | None:
         fsync(folder)
     fsync(aside)
     return aside
-
-
-def describe(path: Path, pinned: bool) -> list[Any]:
-    """What `checkpoint list` says beside a step."""
-    numbers = [f"{key} {value:.4f}" for key, value in read_metrics(path).items()]
-    return [*(["pinned"] if pinned else []), *numbers]
 
 
 def _pin_file(folder: Path, step: int) -> Path:

@@ -146,6 +146,12 @@ def _add_checkpoint(commands: Any) -> None:
     verify = _leaf(checkpoint, "verify", "checkpoint:verify", "read every byte and compare checksums")
     verify.add_argument("run", help="the run's folder")
     verify.add_argument("--step", type=int, help="this checkpoint only (default: all)")
+    stay = _leaf(checkpoint, "pin", "checkpoint:pin", "keep a checkpoint whatever the recipe says")
+    free = _leaf(checkpoint, "unpin", "checkpoint:unpin", "keep a checkpoint only as long as the recipe says")
+    back = _leaf(checkpoint, "rewind", "checkpoint:rewind", "go on from an older checkpoint; newer ones are set aside")
+    for leaf in (stay, free, back):
+        leaf.add_argument("run", help="the run's folder")
+        leaf.add_argument("step", type=int, help="the checkpoint's step")
     export = _leaf(checkpoint, "export", "convert:export", "write a Hugging Face model, proven equal by its logits")
     export.add_argument("run", help="the run's folder, or one checkpoint's")
     export.add_argument("out", help="a new folder")

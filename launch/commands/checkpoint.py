@@ -1,4 +1,4 @@
-"""pretrain checkpoint list, verify"""
+"""pretrain checkpoint list, verify, pin, unpin, rewind"""
 
 import argparse
 from pathlib import Path
@@ -6,17 +6,25 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints.retention import pin as pin_step
+from checkpoints.retention import read_metrics
+from checkpoints.retention import rewind as rewind_to
+from checkpoints.retention import unpin as unpin_step
 from checkpoints.store import CheckpointInfo, CheckpointStore
 from launch.progress import progress_bar
+from pretrain.lock import RunLock
+
+CUT_BACK = ("metrics.jsonl", "ledger.bin")  # files of a run that lose their later lines when it goes on from before
 
 
 def list_(args: argparse.Namespace) -> None:
     """A table of the run's checkpoints."""
-    table = Table("step", "size", "saved (UTC)", "state", box=None, header_style="bold")
+    table = Table("step", "size", "saved (UTC)", "state", "", box=None, header_style="bold")
     infos = _checkpoints(args.run)
     for info in infos:
         size = f"{info.bytes / 1e6:,.1f} MB"
-        table.add_row(str(info.step), size, info.created, info.problem or "whole")
+        facts = ["pinned"] * info.pinned + [f"{key} {value:.4f}" for key, value in read_metrics(info.path).items()]
+        table.add_row(str(info.step), size, info.created, info.problem or "whole", "  ".join(facts))
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     for line in _lineage(infos[-1]):
@@ -42,6 +50,34 @@ def verify(args: argparse.Namespace) -> int:
             for line in _lineage(info):
                 console.print(f"step {info.step}: {line}", markup=False)
     return 1 if damaged else 0
+
+
+def pin(args: argparse.Namespace) -> None:
+    """The checkpoint is kept whatever the recipe says."""
+    pin_step(Path(args.run) / "checkpoints", args.step)
+    print(f"step {args.step} stays; let go of it with: pretrain checkpoint unpin {args.run} {args.step}")
+
+
+def unpin(args: argparse.Namespace) -> None:
+    """It is kept as the recipe says, from the next save on."""
+    unpin_step(Path(args.run) / "checkpoints", args.step)
+    print(f"step {args.step} stays as long as the recipe keeps it")
+
+
+def rewind(args: argparse.Namespace) -> None:
+    """Set the newer checkpoints aside, so that the next start goes on from an older one."""
+    run = Path(args.run)
+    _checkpoints(args.run)
+    lock = RunLock(run)
+    lock.take()
+    try:
+        aside = rewind_to(run / "checkpoints", args.step, also=[run / name for name in CUT_BACK])
+    finally:
+        lock.release()
+    if aside is None:
+        print(f"step {args.step} is the newest already")
+    else:
+        print(f"the next start goes on from step {args.step}; newer checkpoints are in {aside}, nothing is deleted")
 
 
 def _lineage(info: CheckpointInfo) -> list[str]:
