@@ -109,8 +109,6 @@ class ShardCache:
                 if not path.is_file():
                     self._fetch(url, path, None)
             except FileNotFoundError:
-                with suppress(OSError):
-                    path.parent.rmdir()  # where it was made for this file alone
                 return False
         return True
 
@@ -130,11 +128,11 @@ class ShardCache:
                 os.utime(path)
 
     def _fetch(self, url: str, path: Path, checked: Checked | None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f".{path.name}.*{PARTIAL}"):  # of a process that was killed
+        folder = self._made(".partial")
+        for old in folder.glob(f"{self._key(path)}.*{PARTIAL}"):  # of a process that was killed
             old.unlink(missing_ok=True)
         for repeated in (False, True):
-            handle, name = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
+            handle, name = tempfile.mkstemp(PARTIAL, f"{self._key(path)}.", folder)
             os.close(handle)
             partial = Path(name)
             try:
@@ -142,6 +140,7 @@ class ShardCache:
                 if checked is not None:
                     checked.verify(partial)
                 partial.chmod(0o644)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 partial.replace(path)
                 return
             except ValueError as error:
@@ -195,8 +194,8 @@ class ShardCache:
 
     def _remove(self, path: Path) -> bool:
         """Remove a shard unless somebody fetches or opens it right now. Who has mapped it keeps it."""
-        whole = path.name[1:].rpartition(".")[0].rpartition(".")[0] if path.suffix == PARTIAL else path.name
-        with self._lock_file(path.with_name(whole)).open("a") as lock:
+        key = path.name.rsplit(".", 2)[0] if path.suffix == PARTIAL else self._key(path)
+        with self._lock_file(key).open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -204,15 +203,26 @@ class ShardCache:
             path.unlink(missing_ok=True)
         return True
 
-    def _lock_file(self, path: Path) -> Path:
-        folder = self.folder / ".locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{path.parent.name}-{path.name}.lock"
+    def _key(self, path: Path) -> str:
+        return "-".join(path.relative_to(self.folder).parts)
+
+    def _lock_file(self, key: str) -> Path:
+        return self._made(".locks") / f"{key}.lock"
+
+    def _made(self, name: str) -> Path:
+        folder = self.folder / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"data.cache.dir = {self.options.dir!r}: cannot be used ({error}); choose another"
+            ) from error
+        return folder
 
     @contextmanager
     def _locked(self, path: Path, what: str) -> Iterator[None]:
         begun = said = time.monotonic()
-        with self._lock_file(path).open("a") as lock:
+        with self._lock_file(self._key(path)).open("a") as lock:
             while True:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

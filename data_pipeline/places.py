@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
@@ -55,9 +55,10 @@ class Shard:
         """The shard's file, open to be read."""
         if self.url:
             self.cache.touch(self.path)
-            if not self.path.is_file():
-                with self.local(index) as path:
-                    return path.open("rb")
+            with suppress(FileNotFoundError):
+                return self.path.open("rb")
+            with self.local(index) as path:
+                return path.open("rb")
         return self.path.open("rb")
 
     def touch(self) -> None:
@@ -81,7 +82,8 @@ class Shard:
         if path.is_file() or os.access(self.path.parent, os.W_OK):
             return path
         kept = self.cache.folder_for(str(self.path.parent.resolve())) / path.name
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # then it is made again each time
+            kept.parent.mkdir(parents=True, exist_ok=True)
         return kept
 
     def folder_file(self, name: str) -> Path:
@@ -157,7 +159,6 @@ def at_once(work: Callable[[Shard], Result], shards: Sequence[Shard]) -> list[Re
     """
     if len(shards) == 1:
         return [work(shards[0])]
-    shards[0].cache.cancelled.clear()
     pool = ThreadPoolExecutor(FETCHES, "shards")
     futures = [pool.submit(work, shard) for shard in shards]
     try:
@@ -167,6 +168,7 @@ def at_once(work: Callable[[Shard], Result], shards: Sequence[Shard]) -> list[Re
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        shards[0].cache.cancelled.clear()
     return [future.result() for future in futures]
 
 

@@ -133,8 +133,8 @@ def test_what_a_killed_fetch_leaves_is_removed(source, tmp_path) -> None:
     _, server = source
     options = CacheOptions(dir=str(tmp_path / "cache"))
     dataset = TokenDataset(f"{server.url}/{SHARDS}", cache=options)
-    torn = dataset.paths[0].with_name(".train-00000.tar.abc.partial")
-    other = dataset.paths[0].with_name(".train-00003.tar.abc.partial")
+    folder = tmp_path / "cache" / ".partial"
+    torn, other = (folder / f"{dataset.paths[0].parent.name}-train-0000{n}.tar.abc.partial" for n in (0, 3))
     for path in (torn, other):
         path.write_bytes(bytes(9000))
     dataset.document(0)
@@ -152,6 +152,13 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(source, tmp_path, capsys) 
     os.truncate(dataset.paths[0], 4096)
     assert np.array_equal(dataset.document(0), DOCUMENTS[0])
     assert "truncated: 4096 bytes, its index was made for" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_used(source, tmp_path) -> None:
+    _, server = source
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"data\.cache\.dir = '.*/file': cannot be used .*; choose another"):
+        TokenDataset(f"{server.url}/{SHARDS}", cache=CacheOptions(dir=str(tmp_path / "file")))
 
 
 def test_names_in_the_cache_stay_inside(tmp_path) -> None:
