@@ -377,3 +377,13 @@ def test_no_shards_there(tmp_path) -> None:
 def test_two_processes_find_what_one_finds(corpus) -> None:
     cut(corpus / SECOND)
     assert found(examine(corpus, workers=2)) == found(examine(corpus))
+
+
+def test_of_many_documents_a_sample_is_compared(tmp_path) -> None:
+    documents = clean_documents(30)
+    folder = write_corpus(tmp_path / "c", [copy for document in documents for copy in (document, document[1:])])
+    assert len(examine(folder).clusters) == 30
+    diagnosis = examine(folder, near_documents=8)
+    assert diagnosis.corpus.searched == 8
+    assert 2 <= len(diagnosis.clusters) <= 4, "near copies are chosen together"
+    assert diagnosis.corpus.num_tokens == sum(2 * len(document) - 1 for document in documents), "all else is of all"
