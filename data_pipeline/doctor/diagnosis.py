@@ -60,7 +60,7 @@ def diagnose(
 ) -> Diagnosis:
     """Read shards from end to end, a shard at a time in each of ``workers`` processes, and check them.
 
-    Memory: about 60 bytes and a key for each document, about 1 KB for each of the shard that is being read, and 256 bytes
+    Memory: about 60 bytes and a key for each document, 1 KB for each of the shard that is being read, and 256 bytes
     for each that is searched for near duplicates, up to three times that while they are chosen.
 
     Args:
