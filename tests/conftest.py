@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.data import build_tiny_shards
+from tests.slurm.cluster import slurm, slurm_session
+
+__all__ = ["slurm", "slurm_session", "tiny_shards"]
 
 
 @pytest.fixture(scope="session")
