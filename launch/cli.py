@@ -137,6 +137,20 @@ def _add_data(commands: Any) -> None:
     index.add_argument("--workers", type=int, help="processes (default: one a core)")
     index.add_argument("--vocab-size", type=int, help="of token shards without a dataset.json")
     index.add_argument("--cache", help="folder for shards elsewhere, and indexes of folders that cannot be written")
+    summary = "what is wrong with shards: damage, indexes, ids, copies and near copies; exit code 1 on errors"
+    doctor = _leaf(data, "doctor", "data:doctor", summary)
+    doctor.add_argument("shards", nargs="+", help="folders, shards, globs, URLs; of tokens or of pictures")
+    doctor.add_argument("--json", metavar="FILE", help="write everything found for machines")
+    doctor.add_argument("--html", metavar="FILE", help="write a page with histograms")
+    doctor.add_argument("--readers", type=int, metavar="N", help="processes that will each read whole shards")
+    doctor.add_argument("--tokenizer", help="of token shards (default: what their dataset.json names)")
+    doctor.add_argument("--max-tokens", type=int, default=1_000_000, help="report documents of more (%(default)s)")
+    doctor.add_argument(
+        "--near-documents", type=int, default=200_000, help="documents compared, a sample of more (%(default)s)"
+    )
+    doctor.add_argument("--similarity", type=float, default=0.8, help="from which two are near copies (%(default)s)")
+    doctor.add_argument("--workers", type=int, help="processes (default: one a core)")
+    doctor.add_argument("--cache", help="folder for shards elsewhere")
 
 
 def _add_checkpoint(commands: Any) -> None:
