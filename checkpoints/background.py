@@ -30,7 +30,7 @@ class Report:
     def __str__(self) -> str:
         if self.path is not None:
             return f"saved {self.path} in the background, {self.seconds:.1f} s"
-        return f"the save of step {self.step} in the background failed, the next save tries again: {self.error}"
+        return f"a save in the background failed, the next one tries again: {self.error}"
 
 
 class Staging:

@@ -166,7 +166,7 @@ def a_failure_is_reported_and_made_good(folder: Path) -> None:
     store._background.wait()
     (report,) = store.reports()
     text = str(report)
-    assert text.startswith("the save of step 2 in the background failed, the next save tries again: step 2 was not")
+    assert text.startswith("a save in the background failed, the next one tries again: step 2 was not")
     assert "File too large; raise the file size limit (ulimit -f) (rank 1)" in text and "\n" not in text
     assert [info.step for info in store.list()] == [1] and store.verify(1) == []
     with pytest.raises(CheckpointError, match=r"step 2 was not saved in .*File too large"):

@@ -1,0 +1,67 @@
+"""pretrain checkpoint list, pin, unpin and rewind."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints.store import CheckpointStore
+from launch.cli import main
+from pretrain.lock import RunLock
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    store = CheckpointStore(tmp_path / "run/checkpoints", keep=9)
+    for step in (10, 20, 30):
+        store.save(step, {"w": torch.ones(2)}, {}, {"metrics": {"eval_loss": 1.0 / step}})
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 30}\n')
+    return tmp_path / "run"
+
+
+def cli(*arguments: object) -> int:
+    return main(["checkpoint", *map(str, arguments)])
+
+
+def test_pins_and_metrics_are_listed(run: Path, capsys: pytest.CaptureFixture):
+    assert cli("pin", run, 10) == 0
+    assert f"pretrain checkpoint unpin {run} 10" in capsys.readouterr().out
+    cli("list", run)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["10", "20", "30"]
+    assert "pinned" in lines[1] and "pinned" not in lines[2] and "eval_loss 0.0500" in lines[2]
+    CheckpointStore(run / "checkpoints", keep=1).save(40, {"w": torch.ones(2)}, {}, {})
+    assert [info.step for info in CheckpointStore(run / "checkpoints").list()] == [10, 40]
+    assert cli("unpin", run, 10) == 0
+    CheckpointStore(run / "checkpoints", keep=1).save(50, {"w": torch.ones(2)}, {}, {})
+    assert [info.step for info in CheckpointStore(run / "checkpoints").list()] == [50]
+
+
+def test_rewind_sets_newer_ones_aside_and_says_where(run: Path, capsys: pytest.CaptureFixture):
+    assert cli("rewind", run, 10) == 0
+    said = capsys.readouterr().out
+    (aside,) = (run / "checkpoints").glob("rewound-*")
+    assert str(aside) in said and "goes on from step 10" in said
+    assert CheckpointStore(run / "checkpoints").newest_whole() == 10
+    assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "step-00000020", "step-00000030"]
+    assert cli("rewind", run, 10) == 0
+    assert "the newest already" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(run: Path, capsys: pytest.CaptureFixture):
+    for arguments, said in (
+        (("rewind", run, 15), "no checkpoint of step 15 in"),
+        (("pin", run, 15), "it has steps 10, 20, 30"),
+        (("unpin", run.parent / "nothing", 1), "it has no checkpoint"),
+        (("rewind", run.parent / "nothing", 1), "no checkpoints there; give the folder of a run"),
+    ):
+        assert cli(*arguments) == 2
+        errors = capsys.readouterr().err
+        assert said in errors and errors.count("\n") == 1
+    assert not (run.parent / "nothing").exists()
+    lock = RunLock(run)
+    lock.take()
+    assert cli("rewind", run, 10) == 2
+    assert "another process is training there" in capsys.readouterr().err
+    lock.release()
+    assert CheckpointStore(run / "checkpoints").newest_whole() == 30
