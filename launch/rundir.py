@@ -14,7 +14,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.history import append_end, append_line, append_start, read_ends, read_lines, read_starts, this_start
+from pretrain.history import (
+    append_end,
+    append_line,
+    append_start,
+    lost_contact,
+    read_ends,
+    read_lines,
+    read_starts,
+    this_start,
+)
 
 __all__ = [
     "append_end",
@@ -24,6 +33,7 @@ __all__ = [
     "heartbeat_file",
     "log_folder",
     "log_folders",
+    "lost_contact",
     "new_local_job",
     "rank_log",
     "read_ends",
@@ -38,12 +48,6 @@ READ_BYTES = 1 << 20  # of the end of a log: what a rank died of stands there
 PREFIX = re.compile(r"^\[(?:rank|default)?\d+\]:? ?")  # what torch puts before the lines of a rank
 RAISED = re.compile(r"^[A-Za-z_][\w.]*(?::|$)")  # the first line after a traceback's frames
 FATAL = re.compile(r"^(?:Fatal Python error: .*|terminate called .*|.*\b(?:Segmentation fault|Bus error)\b.*)$")
-# A rank that says these lost another one: what that one says comes first.
-CONSEQUENCE = re.compile(
-    r"by peer|Broken pipe|Socket Timeout|DistNetworkError|DistStoreError|DistBackendError|ConnectionError|"
-    r"Connection (?:refused|reset|closed)|gloo/transport|NCCL|ProcessGroup|store->get|recvValue|lost contact",
-    re.IGNORECASE,
-)
 
 
 class FirstError(NamedTuple):
@@ -113,7 +117,7 @@ def first_error(folder: Path) -> FirstError | None:
         rank = path.stem.removeprefix("rank-")
         line = error_in(_end_of(path))
         if line is not None and rank.isdecimal():
-            found.append((bool(CONSEQUENCE.search(line)), path.stat().st_mtime, FirstError(int(rank), line, path)))
+            found.append((lost_contact(line), path.stat().st_mtime, FirstError(int(rank), line, path)))
     return min(found)[2] if found else None
 
 

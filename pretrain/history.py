@@ -3,13 +3,21 @@
 import json
 import os
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 STARTS = "starts.jsonl"
 ENDS = "ends.jsonl"
+# What ranks say that lost another one: gloo, NCCL, the store that processes meet at, and `parallel.world`.
+CONSEQUENCE = re.compile(
+    r"by peer|Broken pipe|Socket Timeout|another process is gone|Dist(?:Network|Store|Backend)Error|ConnectionError|"
+    r"Connection (?:refused|reset|closed)|\bgloo\b|NCCL|TCPStore|store->get|recvValue",
+    re.IGNORECASE,
+)
 # How a start of training may end. A start without an end was killed hard: readers call it "lost".
 REASONS = (
     "finished",
@@ -50,6 +58,32 @@ def append_end(run_dir: Path, reason: str, **fields: Any) -> None:
         raise ValueError(f"reason = {reason!r} of an end; allowed: {', '.join(REASONS)}")
     unknown = {"step": None, "rank": None, "detail": None}
     append_line(run_dir / ENDS, {"time": now(), **this_start(), **unknown, "reason": reason, **fields})
+
+
+@contextmanager
+def recording_end(run_dir: Path, rank: int, step: Callable[[], int]) -> Iterator[list[str | None]]:
+    """Record how what stands inside ends: as the (reason, detail) that it puts into the list, told by rank 0; an error
+    by the rank that has it. What a process dies of at once, others must tell.
+    """
+    end: list[str | None] = []
+    try:
+        yield end
+    except Exception as error:
+        # One line for an error that all ranks have, or that only says that another one is gone.
+        if rank == 0 or not (getattr(error, "on_all_ranks", False) or lost_contact(str(error))):
+            text = " ".join(str(error).split())
+            detail = text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
+            with suppress(OSError):  # the error itself is on its way to the user
+                append_end(run_dir, "error", detail=detail, rank=rank, step=step())
+        raise
+    if rank == 0 and end:
+        assert end[0] is not None
+        append_end(run_dir, end[0], detail=end[1], rank=rank, step=step())
+
+
+def lost_contact(text: str) -> bool:
+    """Whether an error says only that another process is gone: what that one says is the reason."""
+    return CONSEQUENCE.search(text) is not None
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:

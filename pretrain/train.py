@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -35,6 +36,7 @@ from pretrain.data import (
 )
 from pretrain.environment import describe_environment
 from pretrain.evaluate import held_out_loss
+from pretrain.history import append_start, recording_end
 from pretrain.lock import RunLock
 from pretrain.metrics import HostCopy, Metrics
 from pretrain.mixture import open_stream, source_names
@@ -111,8 +113,10 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
     stream = open_stream(config, datasets, position.mixture, position.cursor)
     for line in describe_packing(config, datasets, engine.data_world) if world.rank == 0 else ():
         print(line, flush=True)
-    ranks.on_first(lambda: record_run(config, datasets, world, position.step, changes))
+    hosts = list(dict.fromkeys(ranks.gather(platform.node())))
+    ranks.on_first(lambda: record_run(config, datasets, world, position.step, changes, hosts))
     with ExitStack() as opened:
+        end = opened.enter_context(recording_end(run_dir, world.rank, lambda: position.step))
         opened.callback(engine.close)
         loader = opened.enter_context(make_loader(config, engine, stream, position.cursor))
         metrics = ledger = None
@@ -123,7 +127,7 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
         opened.callback(store.close)
         saver = Saver(store, engine, config.checkpoint, metrics)
         run = Run(config, engine, objective, datasets, held_out, stream, loader, saver, metrics, ledger)
-        loop(run, position, resume_command)
+        end[:] = loop(run, position, resume_command)
     return position
 
 
@@ -173,8 +177,10 @@ def make_loader(config: RunConfig, engine: Engine, stream: MixedStream, cursor: 
     )
 
 
-def loop(run: Run, position: Position, resume_command: str) -> None:
-    """Steps until the end or a signal; evaluates and saves when due. `position` is moved along."""
+def loop(run: Run, position: Position, resume_command: str) -> tuple[str, str | None]:
+    """Steps until the end or a signal; evaluates and saves when due. `position` is moved along. Returns why it ended:
+    the reason and the detail of `append_end`.
+    """
     config, metrics = run.config, run.metrics
     total = config.train.steps
     last = min(config.train.stop_at or total, total)
@@ -214,6 +220,9 @@ def loop(run: Run, position: Position, resume_command: str) -> None:
     if position.step < total and metrics is not None:
         why = f"by a signal; resume with: {resume_command}" if stopping else "as train.stop_at says; resume without it"
         metrics.print(f"stopped at step {position.step} of {total} {why}")
+    if position.step >= total or not stopping:
+        return ("finished" if position.step >= total else "stop_at"), None
+    return "signal", signal.Signals(requested[0]).name if requested else "another rank was asked to stop"
 
 
 def report_spike(run: Run, step: int, first: int, loss: float, score: float) -> None:
@@ -314,14 +323,13 @@ def evaluate(run: Run, step: int) -> None:
         run.metrics.log_eval(step, values)
 
 
-def record_run(config: RunConfig, datasets: Any, world: World, step: int, changes: list[str]) -> None:
+def record_run(config: RunConfig, datasets: Any, world: World, step: int, changes: list[str], hosts: list[str]) -> None:
     """What this run is, beside its results: resolved config, environment, tokenizer; and a line for this start."""
     run_dir = Path(config.run.dir)
     write_config(config, run_dir / "config.toml")
     environment = describe_environment(config.run.seed, world.size, world.device)
     (run_dir / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
-    with (run_dir / "starts.jsonl").open("a") as starts:
-        starts.write(json.dumps({"step": step, "changes": changes, **environment}) + "\n")
+    append_start(run_dir, step=step, changes=changes, hosts=hosts, **environment)
     keep_tokenizer(config, datasets, run_dir)
 
 
