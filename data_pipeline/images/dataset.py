@@ -119,6 +119,10 @@ class ImageTextDataset:
         facts += [self._captioning.fingerprint, self.max_pixels, self.max_bytes]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
+    def folder_file(self, name: str) -> Path:
+        """The path of a file in the first shard's folder, fetched where that is elsewhere and has it."""
+        return self._files[0].folder_file(name)
+
     def shard_of(self, sample: int) -> str:
         """The shard that holds a sample, as its user knows it."""
         return self.names[self._shards[sample]]
