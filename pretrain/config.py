@@ -27,7 +27,7 @@ Origins = dict[str, str]  # dotted key -> where its value comes from
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, serialize_by_alias=True)
 
 
 class RunConfigSection(Section):
@@ -282,7 +282,7 @@ def override_config(run_dir: Path, overrides: list[str]) -> RunConfig:
 
 def write_config(config: RunConfig, path: Path) -> None:
     """Save a resolved config as TOML that `load_run_config` and `pretrain run` read."""
-    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, by_alias=True)))
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
 
 
 def explain_origins(config: RunConfig, origins: Origins) -> list[tuple[str, str, str]]:
@@ -292,7 +292,7 @@ def explain_origins(config: RunConfig, origins: Origins) -> list[tuple[str, str,
 
 def flat_config(config: RunConfig) -> Tree:
     """Dotted key -> value."""
-    return _flatten(config.model_dump(mode="json", by_alias=True), "")
+    return _flatten(config.model_dump(mode="json"), "")
 
 
 def recipe_schema() -> Tree:

@@ -47,7 +47,7 @@ def ask(config: RunConfig, origins: Origins, gpus: int, gpu: Gpu) -> Question:
         raise ValueError("parallel.cpu_offload = true cannot be planned: all is counted on the GPU; set it to false")
     if not config.model.vocab_size:
         raise ValueError("model.vocab_size = 0 is left to the data's tokenizer; set model.vocab_size to plan")
-    if hasattr(OBJECTIVES[config.objective.name][1], "across"):
+    if "tokens" not in OBJECTIVES[config.objective.name][1].sequence:
         raise ValueError(
             f'objective.name = "{config.objective.name}" cannot be planned: the planner counts models with a head over '
             "tokens; spread it with parallel.dp_shard = -1 and measure a short run"

@@ -276,8 +276,16 @@ def check_layout(config: RunConfig, processes: int | None) -> tuple[int, dict[st
     if processes is None:
         degrees = [getattr(config.parallel, axis) for axis in AXES]
         processes = math.prod(2 if degree == -1 else max(degree, 1) for degree in degrees)
-    found = resolve_degrees(config.parallel, processes)
+    found = check_degrees(config, processes)
     check_balance(config)
+    return processes, found
+
+
+def check_degrees(config: RunConfig, processes: int) -> dict[str, int]:
+    """Degree of each axis on so many processes. Raises ValueError for a layout in which a run of the recipe would not
+    start.
+    """
+    found = resolve_degrees(config.parallel, processes)
     if compares_samples(config):
         check_across(found, config.train.global_batch, config.train.micro_batch)
     plan, cp, tp = FAMILIES[config.model.family].plan(config.model), found["cp"], found["tp"]
@@ -297,7 +305,7 @@ def check_layout(config: RunConfig, processes: int | None) -> tuple[int, dict[st
             f"train.global_batch = {config.train.global_batch} is not a multiple of train.micro_batch x dp_replicate x "
             f"dp_shard = {at_once}; change one of them"
         )
-    return processes, found
+    return found
 
 
 def check_balance(config: RunConfig) -> None:
@@ -330,7 +338,7 @@ def changed(config: RunConfig, values: dict[str, Any]) -> RunConfig:
 
 
 def to_text(config: RunConfig) -> str:
-    return config.model_dump_json(by_alias=True)
+    return config.model_dump_json()
 
 
 def from_text(text: str) -> RunConfig:

@@ -3,15 +3,13 @@
 Shape letters: B batch (one picture each), P patches of a row, D values of a patch, H width, C classes.
 """
 
-from collections.abc import Iterable
-from typing import Any, cast
+from typing import cast
 
-import torch
 from torch import Generator, Tensor, nn
 
 from pretrain.models.layers.attention import AttentionMask
 from pretrain.models.vit.config import ViTConfig
-from pretrain.models.vlm.tower import VisionTower, init_tower_parameter, normalise, rotation_2d
+from pretrain.models.vlm.tower import VisionTower, init_tower_parameter
 
 STEM = ("patch_embed", "flags", "class_embed", "pos_embed", "first_norm")  # of the first pipeline stage alone
 
@@ -36,21 +34,7 @@ class ViT(VisionTower):
         """x: patches, values from 0 to 255; hidden states where there is no `patch_embed`. grid [B, P, 2] and mask as
         the tower's.
         """
-        if self.patch_embed is not None:
-            x = self._stem(x, grid)
-        rotation = rotation_2d(grid, self.cfg.hidden // self.cfg.heads) if self.cfg.positions == "rope" else None
-        for block in cast(Iterable[Any], self.layers.values()):
-            x = block(x, mask, rotation)
-        return self.norm(x) if self.norm is not None and self.cfg.normed else x
-
-    def _stem(self, patches: Tensor, grid: Tensor) -> Tensor:
-        x: Tensor = self.patch_embed(normalise(patches, self.patches, self.patch_embed.weight.dtype))
-        if self.class_embed is not None:
-            flags = self.flags((grid[..., :1] < 0).to(x.dtype))
-            x = torch.where(flags > 0, self.class_embed(flags), x)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed(self._place(grid))
-        return x if self.first_norm is None else self.first_norm(x)
+        return self.run(x if self.patch_embed is None else self.embed(x, grid), grid, mask)
 
     def logits(self, hidden: Tensor, held: Tensor | None = None) -> Tensor:
         """hidden [B, P, H], or this process's part of each row -> [B, C].

@@ -148,19 +148,25 @@ class VisionTower(nn.Module):
             self.norm.requires_grad_(False)
 
     def forward(self, patches: Tensor, grid: Tensor, mask: AttentionMask) -> Tensor:
-        cfg = self.cfg
-        x = self.patch_embed(normalise(patches, self.patches, self.patch_embed.weight.dtype))
+        return self.run(self.embed(patches, grid), grid, mask)
+
+    def embed(self, patches: Tensor, grid: Tensor) -> Tensor:
+        """Hidden states [B, P, H] that the first block takes."""
+        x: Tensor = self.patch_embed(normalise(patches, self.patches, self.patch_embed.weight.dtype))
         if self.class_embed is not None:
             flags = self.flags((grid[..., :1] < 0).to(x.dtype))
             x = torch.where(flags > 0, self.class_embed(flags), x)
         if self.pos_embed is not None:
             x = x + self.pos_embed(self._place(grid))
-        if self.first_norm is not None:
-            x = self.first_norm(x)
+        return x if self.first_norm is None else self.first_norm(x)
+
+    def run(self, x: Tensor, grid: Tensor, mask: AttentionMask) -> Tensor:
+        """Through the blocks, and the last norm where the config and this part of the tower have it."""
+        cfg = self.cfg
         rotation = rotation_2d(grid, cfg.hidden // cfg.heads) if cfg.positions == "rope" else None
         for block in list(cast(Iterable[Any], self.layers.values()))[: cfg.used]:
             x = block(x, mask, rotation)
-        return self.norm(x) if cfg.normed else x
+        return self.norm(x) if cfg.normed and self.norm is not None else x
 
     def _place(self, grid: Tensor) -> Tensor:
         """Which learned position [B, P]: the class token's comes first, if there is one."""
