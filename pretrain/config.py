@@ -50,7 +50,7 @@ class SourceConfig(Section):
     """One of `[[data.sources]]`"""
 
     shards: str = Field(
-        description="Shards of text or of pictures with text: a path, glob, URL or `pipe:command`; {000..127} is expanded"
+        description="Shards of text or of pictures with text: a path, glob, URL or `pipe:command`, braces expanded"
     )
     name: str = Field("", description="What the run remembers the source by; empty: its shards")
     weight: float | tuple[tuple[int, float], ...] = Field(

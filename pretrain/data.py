@@ -1,20 +1,19 @@
 """The run's data: its shards, or a small built-in text when the recipe names none."""
 
-import tarfile
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.build import TrainTokenizer, build
+from data_pipeline.cache import CacheOptions
 from data_pipeline.images.dataset import ImageTextDataset
 from data_pipeline.images.form import PictureForm
 from data_pipeline.images.labels import LabelStream, as_tokenizer
 from data_pipeline.images.pairs import PairStream
 from data_pipeline.images.problems import Skip, fatal
 from data_pipeline.images.stream import ImageTextStream
+from data_pipeline.indexing import holds_pictures
 from data_pipeline.pack import TokenStream
-from data_pipeline.paths import expand_paths
 from data_pipeline.reader import TokenDataset
 from data_pipeline.sources.stdlib import tiny_files
 from data_pipeline.tokenizer import load_tokenizer
@@ -56,7 +55,7 @@ def describe_packing(config: RunConfig, datasets: list[Dataset], ranks: int) -> 
         if isinstance(stream, ImageTextStream):
             cost = stream.cost(0, 20, config.train.global_batch, ranks)
             lines.append(
-                f"{dataset.paths[0].parent}: {stream.num_samples:,} rows an epoch, {stream.num_cut} documents cut; "
+                f"{dataset.names[0]}: {stream.num_samples:,} rows an epoch, {stream.num_cut} documents cut; "
                 f"costliest rank / mean {cost.max_over_mean:.3f}, padding {cost.token_padding:.0%} of tokens and "
                 f"{cost.patch_padding:.0%} of patches"
             )
@@ -101,10 +100,11 @@ def open_held_out(config: RunConfig) -> Dataset:
 
 def _open(config: RunConfig, shards: str) -> Dataset:
     classes = as_tokenizer(config.model.classes) if reads_classes(config) else None
-    if not has_pictures(shards):
+    cache = CacheOptions(**config.data.cache.model_dump())
+    if not holds_pictures(shards, cache):
         if classes is not None:
             raise ValueError(f'{shards} hold text, but objective.name = "classification" needs pictures; name others')
-        return TokenDataset(shards, vocab_size=config.model.vocab_size or None)
+        return TokenDataset(shards, vocab_size=config.model.vocab_size or None, cache=cache)
     if not config.data.patches:
         raise ValueError(f"{shards} hold pictures, but data.patches = 0; set how many patches a sample has")
     if not config.tokenizer.path and classes is None:
@@ -114,6 +114,7 @@ def _open(config: RunConfig, shards: str) -> Dataset:
         shards,
         classes or load_tokenizer(config.tokenizer.path),
         placeholder=pictures.placeholder,
+        cache=cache,
         image_first=pictures.image_first,
         on_problem=fatal if pictures.broken == "fatal" else Skip(),
     )
@@ -122,17 +123,6 @@ def _open(config: RunConfig, shards: str) -> Dataset:
 def reads_classes(config: RunConfig) -> bool:
     """Whether captions are names of classes, and not text for a tokenizer."""
     return bool(config.objective.name == "classification")
-
-
-def has_pictures(shards: str) -> bool:
-    """Whether the first shard is of pictures and text, not of tokens."""
-    path = expand_paths([shards], what="shards")[0]
-    try:
-        with tarfile.open(path) as tar:
-            names = [member.name for member in islice(tar, 4)]
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: is no tar that can be read ({error}); build it again") from error
-    return bool(names) and not any(name.endswith(".tokens") for name in names)
 
 
 def with_tokenizer(config: RunConfig) -> RunConfig:

@@ -90,7 +90,7 @@ def find_skips(skips: list[tuple[str, str, str]], source: str, dataset: Dataset)
 def shard_name(dataset: Dataset, document: int) -> str:
     """File name of the shard that holds a document."""
     shard = dataset.shard_of(document)
-    return str(dataset.paths[shard] if isinstance(shard, int) else shard).rpartition("/")[2]
+    return str(dataset.names[shard] if isinstance(shard, int) else shard).rpartition("/")[2]
 
 
 def describe(record: Record, names: list[str], datasets: dict[str, Dataset]) -> Iterator[Document]:

@@ -39,7 +39,10 @@ class OptimConfig(BaseModel):
     )
     clip_grad_norm: float = Field(default=1.0, ge=0, description="maximum norm of the whole gradient; 0 = no clipping")
     ema: float = Field(
-        default=0.0, ge=0, lt=1, description="decay, a step, of a moving average of the weights kept beside them; 0 = none"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="decay, a step, of a moving average of the weights kept beside them; 0 = none",
     )
     muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon: decay rate of the momentum")
     muon_nesterov: bool = Field(default=True, description="Muon: Nesterov momentum")

@@ -88,6 +88,7 @@ class PairStream:
         """Rows ``start`` to ``start + count - 1`` of the stream."""
         places = self.places(start, count).tolist()
         samples = self._samples[places].tolist()
+        self.dataset.fetch(samples)
         decoded = list(map(self._decode, places) if self._pool is None else self._pool.map(self._decode, places))
         eos_id = self.dataset.tokenizer.eos_id
         batch = empty_samples(count, self.seq_len, self.form.fullest, self.form.values, eos_id)

@@ -119,6 +119,7 @@ class ImageTextStream:
         """Rows ``start`` to ``start + count - 1`` of the stream."""
         rows = [row.tolist() for row in self.rows(start, count)]
         samples = list(dict.fromkeys(sample for row in rows for sample in row))  # two epochs may meet
+        self.dataset.fetch(samples)
         texts = dict(zip(samples, self.dataset.texts(samples), strict=True))
         pictures = self._pictures(samples)
         batch = empty_samples(count, self.seq_len, self.patches, self.form.values, self.dataset.tokenizer.eos_id)

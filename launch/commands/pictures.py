@@ -25,7 +25,7 @@ def captions(args: argparse.Namespace) -> None:
 def zero_shot(args: argparse.Namespace) -> None:
     """Which class a dual encoder takes held-out pictures for."""
     trained, stream = _open(args, "dual")
-    classes = Path(args.classes) if args.classes else stream.dataset.paths[0].parent / CLASSES
+    classes = Path(args.classes) if args.classes else stream.dataset.folder_file(CLASSES)
     names = json.loads(classes.read_text())
     if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
         raise ValueError(f"{classes}: must be a JSON list of class names")

@@ -17,6 +17,7 @@ from pretrain.replay import replay
 from pretrain.spikes import Spikes
 from pretrain.train import train
 from tests.data_pipeline.conftest import make_shards
+from tests.data_pipeline.servers import serving
 from tests.pretrain.test_train import ALONE, assert_same_tensors, losses, small_config
 from tests.ranks import run_ranks
 
@@ -67,7 +68,7 @@ def test_a_source_that_changed_is_refused(tmp_path, sources, tiny_shards) -> Non
     other = mixed(sources, b=1.0).replace('name = "b"', 'name = "a"')
     with pytest.raises(ValueError, match="source 'a' holds other data than when it was last read"):
         train(small_config(tmp_path / "run", tiny_shards, other, "train.steps=4"), ALONE)
-    with pytest.raises(ValueError, match="all sources are used up; raise data.sources.epochs"):
+    with pytest.raises(ValueError, match=r"all sources are used up; raise data.sources.epochs"):
         short = mixed(sources, c=1.0).replace("weight", "epochs = 0.1, weight")
         train(small_config(tmp_path / "short", tiny_shards, short, "train.steps=200"), ALONE)
 
@@ -119,7 +120,13 @@ def _replay_on_ranks(run: Path, expected: list[float]) -> None:
 @pytest.mark.slow
 def test_losses_of_documents_are_those_of_one_process_in_every_layout(tmp_path, sources, tiny_shards) -> None:
     run = tmp_path / "run"
-    overrides = (mixed(sources, a=1.0, b=1.0), "train.steps=4", "train.micro_batch=2", "model.heads=4", "model.kv_heads=2")
+    overrides = (
+        mixed(sources, a=1.0, b=1.0),
+        "train.steps=4",
+        "train.micro_batch=2",
+        "model.heads=4",
+        "model.kv_heads=2",
+    )
     train(small_config(run, tiny_shards, *overrides), ALONE)
     rows = [row for row in replay(load_run_config(run), ALONE, 3).rows if row["targets"]]
     places = [[row["source"], row["shard"], row["key"], row["start"]] for row in rows]
@@ -132,7 +139,7 @@ def test_skipped_documents_are_no_targets(tmp_path, sources, tiny_shards, capsys
     base = (mixed(sources, a=1.0, b=1.0), "train.steps=1", "schedule.warmup=0")
     train(small_config(tmp_path / "plain", tiny_shards, *base), ALONE)
     before = replay(load_run_config(tmp_path / "plain"), ALONE, 1).rows
-    worst = [row for row in before if row["targets"]][0]
+    worst = next(row for row in before if row["targets"])
     skip = tmp_path / "skip.txt"
     skip.write_text(f"# of a spike\n\n{worst['source']}\t{worst['shard']}\t{worst['key']}\t0\n")
     train(small_config(tmp_path / "less", tiny_shards, *base, f"data.skip={skip}"), ALONE)
@@ -146,7 +153,7 @@ def test_skipped_documents_are_no_targets(tmp_path, sources, tiny_shards, capsys
     skip.write_text("a\tb\n")
     with pytest.raises(ValueError, match=r"skip.txt: line 1: give source, shard and key with tabs between"):
         train(small_config(tmp_path / "bad", tiny_shards, *base, f"data.skip={skip}"), ALONE)
-    with pytest.raises(FileNotFoundError, match="data.skip = .*: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"data.skip = .*: no such file"):
         train(small_config(tmp_path / "bad", tiny_shards, *base, "data.skip=none.txt"), ALONE)
 
 
@@ -175,3 +182,16 @@ def test_documents_of_a_spike_are_written(tmp_path, sources, tiny_shards, monkey
         total = sum(row["loss"] * row["targets"] for row in rows if row["targets"])
         assert total / targets == pytest.approx(line["loss"], rel=1e-5), "with lr 0 the weights are those of the step"
         assert rows[0]["loss"] >= rows[1]["loss"]
+
+
+def test_a_run_reads_over_http_what_it_reads_here(tmp_path, sources, tiny_shards) -> None:
+    """Few shards at a time, as a small cache wants them."""
+    local = [mixed(sources, a=1.0, b=1.0), "train.steps=3", "data.shuffle_shards=1"]
+    train(small_config(tmp_path / "here", tiny_shards, *local), ALONE)
+    folder = Path(re.findall(r'shards = "(.*?)/a/', sources["a"])[0])
+    with serving(folder) as server:
+        there = [local[0].replace(str(folder), server.url), *local[1:], f"data.cache.dir={tmp_path / 'cache'}"]
+        there[0] = there[0].replace("train-*.tar", "train-{00000..00001}.tar")
+        train(small_config(tmp_path / "there", tiny_shards, *there), ALONE)
+    assert losses(tmp_path / "there") == losses(tmp_path / "here")
+    assert ledger_of(tmp_path / "there") == ledger_of(tmp_path / "here")
