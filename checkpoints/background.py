@@ -55,8 +55,7 @@ class Staging:
                     "checkpoint.async = false"
                 ) from error
             if self._locked and len(buffer):
-                # pin_memory() would round the size up to a power of two
-                torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), len(buffer), 0)))
+                _page_lock(buffer)
             self._buffers[part] = buffer
             self._views[part] = _views(buffer, pieces)
 
@@ -142,6 +141,16 @@ class Background:
             text = explain(error)[1]
             log.debug("save in the background", exc_info=True)
         self._reports.append(Report(snapshot.step, time.perf_counter() - start, path, text))
+
+
+def _page_lock(buffer: Tensor) -> None:
+    """`pin_memory()` would round the size up to a power of two."""
+    error = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), len(buffer), 1))  # 1: for all devices
+    if error:
+        raise ValueError(
+            f"checkpoint.async could not page-lock {len(buffer) / 1e9:.1f} GB of host memory (CUDA error {error}): set "
+            "checkpoint.async = false"
+        )
 
 
 def _views(buffer: Tensor, pieces: list[Piece]) -> list[Tensor]:
