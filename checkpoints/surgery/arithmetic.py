@@ -5,14 +5,14 @@ model that gives its tensor, in fp32 or fp64 and in memory of its own. tau: a mo
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 Read = Callable[[], Tensor]
-ELEMENTS = 1 << 20  # of a tensor, compared at once
+ELEMENTS = 1 << 18  # of a tensor, worked on at once
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Products:
     @classmethod
     def of(cls, a: Tensor, b: Tensor) -> "Products":
         found = cls()
-        for x, y in zip(_pieces(a), _pieces(b), strict=True):
+        for x, y in zip(_views(a), _views(b), strict=True):
+            x, y = x.double(), y.double()
             off = y - x
             sums = (float(x @ x), float(x @ y), float(y @ y), float(off @ off), float(off.abs().max()))
             found = found + cls(*sums)
@@ -104,13 +105,14 @@ def ties(base: Tensor, reads: Sequence[Read], weights: Sequence[float], scale: f
     elected = torch.zeros_like(base)
     for read, weight in zip(reads, weights, strict=True):
         elected.add_(trim(read().sub_(base), keep), alpha=weight)
+    signs = elected.sign().to(torch.int8)
+    del elected
     total, count = torch.zeros_like(base), torch.zeros_like(base)
     for read, weight in zip(reads, weights, strict=True):
-        tau = trim(read().sub_(base), keep)
-        agrees = tau * elected > 0
-        total.add_(tau.mul_(agrees), alpha=weight)
-        count.add_(agrees, alpha=weight)
-    return total.div_(count.where(count > 0, 1.0)).mul_(scale).add_(base)
+        _vote(trim(read().sub_(base), keep), signs, weight, total, count)
+    for sums, votes in zip(_views(total), _views(count), strict=True):
+        sums.div_(votes.where(votes > 0, 1.0))
+    return total.mul_(scale).add_(base)
 
 
 def trim(tau: Tensor, keep: float) -> Tensor:
@@ -121,7 +123,9 @@ def trim(tau: Tensor, keep: float) -> Tensor:
     array.partition(place)  # in place: torch's kthvalue would hold an index of 8 bytes for each element
     edge = float(array[place])
     del sizes, array
-    return tau.mul_(tau.abs() >= edge)
+    for part in _views(tau):
+        part.mul_(part.abs() >= edge)
+    return tau
 
 
 def dare(
@@ -137,12 +141,25 @@ def dare(
     """
     result = base.clone()
     for read, weight, generator in zip(reads, weights, generators, strict=True):
-        tau = read().sub_(base)
-        tau.mul_(torch.rand(tau.shape, generator=generator) >= drop)
-        result.add_(tau, alpha=scale * weight / (1 - drop))
+        result.add_(_drop(read().sub_(base), drop, generator), alpha=scale * weight / (1 - drop))
     return result
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    for piece in tensor.flatten().split(ELEMENTS) if tensor.numel() else ():
-        yield piece.double()
+# Functions of their own, so that views of one model's tau are gone before the next one's comes.
+def _vote(tau: Tensor, signs: Tensor, weight: float, total: Tensor, count: Tensor) -> None:
+    """Add the elements of tau that have the elected sign to `total`, and to `count` that there is one."""
+    for part, sign, sums, votes in zip(*map(_views, (tau, signs, total, count)), strict=True):
+        agrees = part * sign > 0
+        sums.add_(part * agrees, alpha=weight)
+        votes.add_(agrees, alpha=weight)
+
+
+def _drop(tau: Tensor, drop: float, generator: Generator) -> Tensor:
+    for part in _views(tau):
+        part.mul_(torch.rand(part.shape, generator=generator) >= drop)
+    return tau
+
+
+def _views(tensor: Tensor) -> Sequence[Tensor]:
+    """A contiguous tensor as vectors that fit into the cache, so that what is made of them is small."""
+    return tensor.view(-1).split(ELEMENTS) if tensor.numel() else ()

@@ -1,19 +1,28 @@
 """Real engines whose state has known values, saved and loaded under any layout."""
 
+import os
+import sys
+import tempfile
+import time
 import zlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from checkpoints.store import CheckpointStore
 from parallel.engine import Engine
+from parallel.layouts import all_layouts, describe_layout
+from parallel.mesh import AXES
 from parallel.world import World
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, resolve
 from pretrain.objectives import OBJECTIVES
 from pretrain.train import build_engine
+from pretrain.verify import count_experts
+from tests.ranks import run_ranks
 
 Parts = dict[str, dict[str, Tensor]]  # "model", "optimizer" -> name -> tensor
 
@@ -67,6 +76,144 @@ def wrong(parts: Parts) -> list[str]:
     return found
 
 
-def shape_of(parts: Parts) -> dict[str, Any]:
-    """Shape of every whole tensor."""
-    return {f"{part} {name}": list(tensor.shape) for part, name, tensor in tensors(parts)}
+# The models: dims that no number of processes divides (vocabulary, feed-forward, key/value heads), so that pieces are
+# uneven or empty; a tied embedding, whose copy lies in another pipeline stage; state that is no parameter.
+SMALL = [
+    "model.vocab_size=29",
+    "model.layers=4",
+    "model.hidden=24",
+    "model.heads=12",
+    "model.kv_heads=2",
+    "model.ffn=14",
+    "model.max_seq_len=96",
+    "data.seq_len=96",
+    "train.global_batch=24",
+    "train.micro_batch=1",
+    "train.precision=fp32",
+    "train.compile=off",
+]
+SPARSE = ["model.moe.experts=4", "model.moe.ffn=10", "model.moe.bias=true", "model.moe.first_dense=1"]
+SEEING = ["model.vision.hidden=24", "model.vision.heads=12", "model.vision.layers=2", "model.vision.ffn=20"]
+MODELS = {
+    "dense": ["tiny", *SMALL],
+    "experts": ["tiny-moe", *SMALL, *SPARSE, "model.tied=false", "optim.name=muon"],
+    "pictures": ["tiny-vlm", *SMALL, *SEEING, "data.patches=96", "optim.name=muon"],
+}
+SCHEDULES = ("1f1b", "interleaved1f1b", "zbvzerobubble")  # one stage a process, stages in turns, stages in a V
+OF_8 = (  # some of the layouts of 8 processes
+    {"dp_shard": 8},
+    {"dp_replicate": 2, "dp_shard": 2, "cp": 2},
+    {"pp": 2, "dp_shard": 2, "tp": 2},
+    {"pp": 2, "dp_shard": 2, "cp": 2, "schedule": "zbvzerobubble"},
+    {"dp_shard": 2, "tp": 4},
+)
+
+
+def layouts(model: str, processes: int, schedules: Sequence[str]) -> list[RunConfig]:
+    """The model's config in every layout of so many processes; of 8, in a few. Not all of them are legal."""
+    name, *overrides = MODELS[model]
+    config, _ = resolve(name, overrides)
+    if processes == 8:
+        ep = {"ep": 4} if count_experts(config) else {}
+        one = dict.fromkeys(AXES, 1)
+        chosen = [{**one, **degrees, **ep} if "tp" not in degrees else {**one, **degrees} for degrees in OF_8]
+        return [config.model_copy(update={"parallel": config.parallel.model_copy(update=c)}) for c in chosen]
+    found = all_layouts(config.parallel, processes, schedules, count_experts(config))
+    # The method says how attention communicates, not where tensors lie.
+    found = [parallel for parallel in found if parallel.cp_method == "ulysses"]
+    return [config.model_copy(update={"parallel": parallel}) for parallel in found]
+
+
+def legal(configs: list[RunConfig]) -> Iterator[tuple[str, Engine, Parts]]:
+    """Collective. (layout in words, engine, its live state) for each config whose layout the model can have."""
+    for config in configs:
+        try:
+            engine = start(config)
+        except ValueError:
+            continue
+        yield describe_layout(config.parallel), engine, engine.state_dict()
+
+
+def save_and_load(
+    model: str, folder: Path, sources: dict[int, str], every: int, schedules: Sequence[str], saving: bool
+) -> tuple[dict[int, str], list[str], int]:
+    """Collective. If `saving`, save the known values under every layout of as many processes as there are. Load each
+    `every`-th of that and of `sources` (step -> layout), others for each layout, under all of these layouts.
+
+    Returns what was saved, what this rank found to differ, and the number of pairs.
+    """
+    os.fsync = lambda _: None  # type: ignore[assignment]  # hundreds of small files; other tests look at durability
+    world = dist.get_world_size()
+    built = list(legal(layouts(model, world, schedules)))
+    saved: dict[int, str] = {}
+    problems: list[str] = []
+    for number, (layout, engine, state) in enumerate(built):
+        fill(state)
+        problems += [f"{layout} before saving: {name}" for name in (wrong(state) if saving else ())]
+        if saving:
+            step = 1000 * world + number
+            store = CheckpointStore(folder, keep=1000)  # one for each layout, as a run has
+            store.save(step, state["model"], state["optimizer"], {}, ties=engine.ties)
+            saved[step] = f"{world} x {layout}"
+    steps = list(sources | saved)
+    pairs = 0
+    for number, (layout, engine, state) in enumerate(built):
+        store = CheckpointStore(folder, keep=1000)
+        for step in steps[number % every :: every]:
+            found = load(store, step, engine, state)
+            problems += [f"{(sources | saved)[step]} -> {world} x {layout}: {name}" for name in found]
+            pairs += 1
+    return saved, problems, pairs
+
+
+@torch.no_grad()
+def load(store: CheckpointStore, step: int, engine: Engine, state: Parts) -> list[str]:
+    """Collective. Names of tensors that a checkpoint does not bring back, on this rank, to what they are."""
+    expected = {(part, name): local(tensor).clone() for part, name, tensor in tensors(state)}
+    for _, _, tensor in tensors(state):
+        local(tensor).fill_(-1)
+    store.load(step, state["model"], state["optimizer"])
+    engine.load_state_dict(state)
+    found = []
+    for part, name, tensor in tensors(state):
+        if not torch.equal(local(tensor), expected[part, name]):
+            found.append(f"{part} {name}")
+            local(tensor).copy_(expected[part, name])
+    return found
+
+
+def reshard(
+    model: str, folder: Path, processes: Sequence[int], every: int = 1, schedules: Sequence[str] = SCHEDULES
+) -> tuple[list[str], int, int]:
+    """Save under all layouts of these numbers of processes, ascending, and load each `every`-th under all: (problems,
+    number of layouts, number of pairs).
+    """
+    saved: dict[int, str] = {}
+    problems: list[str] = []
+    pairs = 0
+    largest = processes[-1]
+    for saving in (True, False):  # the smaller ones once more, for what the larger ones have saved since
+        for world in processes if saving else processes[:-1]:
+            sources = saved if saving else {step: layout for step, layout in saved.items() if step // 1000 > world}
+            arguments = (model, folder, sources, every, schedules, saving)
+            by_rank = run_ranks(save_and_load, world, *arguments, timeout=300 * largest)
+            saved |= by_rank[0][0]
+            problems += [problem for _, found, _ in by_rank for problem in found]
+            pairs += by_rank[0][2]
+    return problems, len(saved), pairs
+
+
+def main(models: Sequence[str], processes: Sequence[int]) -> None:
+    """The full square, for `python -m tests.checkpoints.resharding dense experts pictures 1 2 3 4 8`."""
+    for model in models:
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.monotonic()
+            problems, number, pairs = reshard(model, Path(folder), processes)
+            seconds = time.monotonic() - begin
+            print(f"{model}: {number} layouts, {pairs} pairs, {len(problems)} problems, {seconds:.0f} s", flush=True)
+            print("".join(f"{problem}\n" for problem in problems), end="", flush=True)
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    main([word for word in words if word in MODELS], [int(word) for word in words if word.isdigit()])
