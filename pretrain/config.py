@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from parallel.engine import ENGINES, Precision
 from parallel.mesh import ParallelConfig
 from parallel.remat import Recompute
+from pretrain.heartbeat import WatchdogConfig
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
 from pretrain.optim import OptimConfig
@@ -191,6 +192,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="before")
     @classmethod

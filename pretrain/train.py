@@ -4,8 +4,8 @@ import json
 import math
 import platform
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from pretrain.data import (
 )
 from pretrain.environment import describe_environment
 from pretrain.evaluate import held_out_loss
+from pretrain.heartbeat import Heartbeat
 from pretrain.history import append_start, recording_end
 from pretrain.lock import RunLock
 from pretrain.metrics import HostCopy, Metrics
@@ -67,13 +68,20 @@ class Run:
     saver: Saver
     metrics: Metrics | None
     ledger: Ledger | None
+    beat: Heartbeat
 
 
-def train(config: RunConfig, world: World, resume_command: str = "the same command") -> Position:
+def train(
+    config: RunConfig,
+    world: World,
+    resume_command: str = "the same command",
+    watch: Callable[[Heartbeat], AbstractContextManager[Any]] = nullcontext,
+) -> Position:
     """Train to `train.steps`, or to a signal; every rank calls it. Returns where the run stands, checkpoint saved.
 
     A run found in `run.dir` is continued from its newest whole checkpoint. `resume_command` is what a stopped run
-    tells the user to type. Raises ValueError or FileNotFoundError for what the user can mend.
+    tells the user to type; `watch` may look after the run, by its heartbeat. Raises ValueError or FileNotFoundError for
+    what the user can mend.
     """
     ranks = Ranks()
     check_agreement(config, ranks)
@@ -81,12 +89,13 @@ def train(config: RunConfig, world: World, resume_command: str = "the same comma
     lock = RunLock(run_dir)
     ranks.on_first(lock.take)
     try:
-        return _train(config, world, ranks, resume_command)
+        with Heartbeat(run_dir, world.rank, config.log.every) as beat, watch(beat):
+            return _train(config, world, ranks, beat, resume_command)
     finally:
         lock.release()
 
 
-def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -> Position:
+def _train(config: RunConfig, world: World, ranks: Ranks, beat: Heartbeat, resume_command: str) -> Position:
     run_dir = Path(config.run.dir)
     store = open_store(config)
     found = ranks.on_first(lambda: check_resume(config, store))
@@ -103,7 +112,9 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
     changes = ranks.on_first(lambda: check_changes(config, datasets, found))
     objective, engine = start_engine(config, world)
     afresh = any(change.startswith("optim.freeze ") for change in changes)
+    beat.enter("loading")
     position = Position() if found is None else resume(store, found, engine, world, afresh)
+    beat.step = position.step
     if found is not None:
         _say(world, f"resuming {run_dir} at step {position.step}")
         for change in changes:
@@ -126,7 +137,7 @@ def _train(config: RunConfig, world: World, ranks: Ranks, resume_command: str) -
             ledger = opened.enter_context(Ledger(run_dir / LEDGER, position.step, stream.timeline.names))
         opened.callback(store.close)
         saver = Saver(store, engine, config.checkpoint, metrics)
-        run = Run(config, engine, objective, datasets, held_out, stream, loader, saver, metrics, ledger)
+        run = Run(config, engine, objective, datasets, held_out, stream, loader, saver, metrics, ledger, beat)
         end[:] = loop(run, position, resume_command)
     return position
 
@@ -188,10 +199,12 @@ def loop(run: Run, position: Position, resume_command: str) -> tuple[str, str | 
     position.mixture = run.stream.timeline.state()
     spikes = Spikes(config.log.spike)
     stopping = False
+    run.beat.enter("first step")
     with stop_requests() as requested:
         previous = HostCopy({})
         while position.step < last and not stopping:
-            microbatches, cursor = next(run.loader)
+            with run.beat.phase("waiting for data"):
+                microbatches, cursor = next(run.loader)
             batches = [run.objective.collate(batch) for batch in microbatches]
             if position.step == first and metrics is not None:
                 metrics.print(f"attention: {describe_attention(config, run.objective, batches[0], metrics.device)}")
@@ -206,6 +219,7 @@ def loop(run: Run, position: Position, resume_command: str) -> tuple[str, str | 
             if score := spikes.score(numbers.get("loss")):
                 report_spike(run, position.step, position.cursor - batch_size, numbers["loss"], score)
             position.step, position.cursor = position.step + 1, cursor
+            run.beat.done(position.step)
             previous = HostCopy({**values, **wanted})
             run.saver.report()
             if metrics is not None:
@@ -216,7 +230,8 @@ def loop(run: Run, position: Position, resume_command: str) -> tuple[str, str | 
             if due[1] or position.step == last or stopping or numbers.get("save"):
                 check_step(previous, position.step, run.saver.store)
                 save(run, position, last=position.step == last or stopping)
-        run.saver.finish()
+        with run.beat.phase("saving"):
+            run.saver.finish()
     if position.step < total and metrics is not None:
         why = f"by a signal; resume with: {resume_command}" if stopping else "as train.stop_at says; resume without it"
         metrics.print(f"stopped at step {position.step} of {total} {why}")
@@ -227,7 +242,7 @@ def loop(run: Run, position: Position, resume_command: str) -> tuple[str, str | 
 
 def report_spike(run: Run, step: int, first: int, loss: float, score: float) -> None:
     """Name the documents of a step whose loss stands out, with their losses as the model sees them now. Collective."""
-    with nullcontext() if run.metrics is None else run.metrics.paused():
+    with run.beat.phase("evaluating"), nullcontext() if run.metrics is None else run.metrics.paused():
         found = document_losses(run.engine, run.objective, run.stream, run.config, first)
     if run.metrics is not None:
         datasets = dict(zip(source_names(run.config), run.datasets, strict=True))
@@ -311,13 +326,14 @@ def save(run: Run, position: Position, *, last: bool) -> None:
     """Write a checkpoint, or begin to: `Saver` says how it ended."""
     if run.ledger is not None:
         run.ledger.sync()
-    run.saver.save(position.step, {"cursor": position.cursor, "mixture": position.mixture}, last=last)
+    with run.beat.phase("saving"):
+        run.saver.save(position.step, {"cursor": position.cursor, "mixture": position.mixture}, last=last)
 
 
 def evaluate(run: Run, step: int) -> None:
     assert run.held_out is not None
-    with nullcontext() if run.metrics is None else run.metrics.paused():
-        values = held_out_loss(run.engine, run.objective, run.held_out, run.config)
+    with run.beat.phase("evaluating"), nullcontext() if run.metrics is None else run.metrics.paused():
+        values = held_out_loss(run.engine, run.objective, run.held_out, run.config, run.beat.each)
     run.saver.measured(step, HostCopy(values).read())
     if run.metrics is not None:
         run.metrics.log_eval(step, values)
