@@ -62,9 +62,11 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0
 {nodes}
-PartitionName=debug Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime={kill_wait}
+PartitionName=debug Nodes={names} Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime={kill_wait}
 PartitionName=small Nodes=n1 MaxTime=5 State=UP PriorityTier=1
-PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
+NodeName=far[1-2] NodeHostname=far[1-2] NodeAddr=127.0.0.1 CPUs=4 State=DOWN Reason=far
+PartitionName=away Nodes=far[1-2] MaxTime=60 State=UP
+PartitionName=urgent Nodes={names} MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -80,7 +82,8 @@ def missing() -> str:
 class Cluster:
     """The daemons of one cluster. `nodes`: names, n1 first; each claims `cpus` CPUs and `gpus` GPUs that are not there.
 
-    Partitions: debug (the default, all nodes, preempted by urgent), small (n1, 5 minutes at most), urgent.
+    Partitions: debug (the default, all nodes, preempted by urgent), small (n1, 5 minutes at most), urgent; and away,
+    of two nodes that are other machines, and down.
     `kill_wait`: seconds between SIGTERM and SIGKILL when a job is cancelled or preempted.
     """
 
@@ -115,6 +118,7 @@ class Cluster:
             folder=self.folder,
             kill_wait=self.kill_wait,
             nodes="\n".join(lines),
+            names=",".join(self.nodes),
         )
         self.config.write_text(text)
         for index in range(self.gpus):
@@ -139,9 +143,15 @@ class Cluster:
                 daemon.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start_node(self, node: str) -> None:
-        """Start the slurmd of a node, at first or after `kill_node`."""
-        self._daemon(node, "slurmd", "-D", "-N", node, "-f", str(self.config))
+    def start_node(self, node: str, hidden: Path | None = None) -> None:
+        """Start the slurmd of a node, at first or after `kill_node`. hidden: a folder that is empty on it, as one
+        is that is not shared.
+        """
+        command = ["slurmd", "-D", "-N", node, "-f", str(self.config)]
+        if hidden is not None:
+            apart = ["unshare", "--mount", "--propagation=private", "sh", "-c"]
+            command = [*apart, 'mount -t tmpfs none "$0" && exec "$@"', str(hidden), *command]
+        self._daemon(node, *command)
 
     def kill_node(self, node: str) -> None:
         """What a loss of power does: its slurmd, and all that jobs run there, are gone at once."""
@@ -177,7 +187,8 @@ class Cluster:
     def node_states(self) -> dict[str, str]:
         """Such as {"n1": "idle", "n2": "down*"}."""
         listing = subprocess.run(["sinfo", "-N", "-h", "-o", "%N %t"], capture_output=True, text=True, check=False)
-        return dict(line.split() for line in listing.stdout.splitlines())
+        states = dict(line.split() for line in listing.stdout.splitlines())
+        return {node: states.get(node, "unknown") for node in self.nodes}
 
     def submit(self, *arguments: str) -> int:
         """`sbatch` with these arguments; returns the job's id. Its output goes to the cluster's folder."""

@@ -1,0 +1,43 @@
+"""The code of a run as it was when the run was submitted."""
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import launch
+
+SECONDS = 60
+MOST_BYTES = 64 << 20  # of a diff: data that was committed by mistake is no code
+
+
+def write_snapshot(folder: Path) -> str:
+    """Write commit.txt, status.txt, diff.patch and versions.txt; returns a line about it. Never fails for lack of git:
+    commit.txt says then why there is none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = sorted(f"{dist.name}=={dist.version}" for dist in metadata.distributions() if dist.name)
+    text = "\n".join([f"# Python {sys.version.split()[0]}", *dict.fromkeys(versions)])
+    (folder / "versions.txt").write_text(text + "\n", encoding="utf-8")
+    code = Path(launch.__file__).resolve().parent.parent
+    try:
+        _git(code, "ls-files", "--error-unmatch", "launch/__init__.py")  # the repository around a venv is another's
+        commit = _git(code, "rev-parse", "HEAD").decode().strip()
+        status = _git(code, "status", "--porcelain")
+        diff = _git(code, "diff", "--binary", "HEAD")
+    except (OSError, subprocess.SubprocessError) as error:
+        why = getattr(error, "stderr", None) or str(error).encode()
+        words = " ".join(why.decode(errors="replace").split())
+        (folder / "commit.txt").write_text(f"none: {code} is not in a git repository ({words})\n", encoding="utf-8")
+        return "code: not in a git repository; package versions kept"
+    (folder / "commit.txt").write_text(commit + "\n", encoding="utf-8")
+    (folder / "status.txt").write_bytes(status)
+    whole = len(diff) <= MOST_BYTES
+    (folder / "diff.patch").write_bytes(diff if whole else b"")
+    changed = "" if not diff else " + diff.patch" if whole else f" (a diff of {len(diff) >> 20} MiB is not kept)"
+    return f"code: commit {commit[:12]}{changed}"
+
+
+def _git(folder: Path, *arguments: str) -> bytes:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, timeout=SECONDS).stdout
