@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from launch.local import joined, start_ranks
+from launch.slurm.options import add_options
 
 Handler = Callable[[argparse.Namespace], int | None]
 
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_results(commands)
     _add_verify(commands)
     _add_plan(commands)
+    add_options(_leaf(commands, "submit", "submit:submit", "check a recipe, and queue it with SLURM"))
     return parser
 
 
