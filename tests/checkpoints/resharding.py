@@ -149,21 +149,25 @@ def save_and_load(
     problems: list[str] = []
     for number, (layout, engine, state) in enumerate(built):
         fill(state)
-        problems += [f"{layout} before saving: {name}" for name in (wrong(state) if saving else ())]
         if saving:
+            # What a layout holds is what it should, gathered; moments lie as their parameters do.
+            problems += [f"{layout} before saving: {name}" for name in wrong({"model": state["model"]})]
             step = 1000 * world + number
-            store = CheckpointStore(folder, keep=1000)  # one for each layout, as a run has
-            store.save(step, state["model"], state["optimizer"], {}, ties=engine.ties)
+            store_of(folder, step).save(step, state["model"], state["optimizer"], {}, ties=engine.ties)
             saved[step] = f"{world} x {layout}"
     steps = list(sources | saved)
     pairs = 0
     for number, (layout, engine, state) in enumerate(built):
-        store = CheckpointStore(folder, keep=1000)
         for step in steps[number % every :: every]:
-            found = load(store, step, engine, state)
+            found = load(store_of(folder, step), step, engine, state)
             problems += [f"{(sources | saved)[step]} -> {world} x {layout}: {name}" for name in found]
             pairs += 1
     return saved, problems, pairs
+
+
+def store_of(folder: Path, step: int) -> CheckpointStore:
+    """One for each checkpoint: listing hundreds at every save would take longer than all else."""
+    return CheckpointStore(folder / str(step))
 
 
 @torch.no_grad()
