@@ -1,8 +1,10 @@
 """What a training engine offers the loop, and the table of engines."""
 
 import importlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import importlib.metadata
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -31,6 +33,7 @@ class EngineSpec:
     sample. global_batch, micro_batch: samples of a step over all processes, and of what one forward takes. across: for
     a loss that compares a sample with those of all data ranks; called with what gathers them. frozen: parameters that
     stay as they are, by pattern. ema: decay of a moving average of the others, kept as optimizer state; 0: none.
+    options: what one engine alone knows by these names.
     """
 
     build: Callable[[], nn.Module]
@@ -53,6 +56,7 @@ class EngineSpec:
     across: Callable[[Gather], None] | None = None
     frozen: tuple[str, ...] = ()
     ema: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -99,13 +103,106 @@ class Engine(Protocol):
         """Release what the engine holds."""
 
 
-ENGINES = {"torch": "parallel.engines.native:NativeEngine"}
+@dataclass(frozen=True)
+class Support:
+    """What one engine is and can do.
+
+    where: module:class, imported when chosen. only: key of a recipe -> the values it can do; a key that is not named
+    takes any. package: the distribution that it needs, of versions from `tested[0]` on and below `tested[1]`. extra:
+    what pip installs it by.
+    """
+
+    where: str
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    package: str = ""
+    tested: tuple[str, str] = ("", "")
+    extra: str = ""
+
+    def obstacles(self, asked: Mapping[str, Any]) -> list[str]:
+        """Keys of which it cannot do what is asked."""
+        return [key for key, values in self.only.items() if key in asked and asked[key] not in values]
+
+
+ENGINES = {
+    "torch": Support("parallel.engines.native:NativeEngine"),
+    "megatron": Support(
+        "parallel.engines.megatron:MegatronEngine",
+        only={
+            "model.family": ("decoder",),
+            "objective.name": ("causal",),
+            "optim.name": ("adamw",),
+            "optim.freeze": ((),),
+            "optim.lr_ratios": ({},),
+            "optim.ema": (0.0,),
+            "train.precision": ("fp32", "fp64"),
+            "train.compile": ("auto", "off"),
+            "parallel.schedule": ("1f1b", "interleaved1f1b"),
+            "parallel.stage_layers": ((),),
+            "parallel.cpu_offload": (False,),
+        },
+        package="megatron-core",
+        tested=("0.16.1", "0.17"),
+        extra="megatron",
+    ),
+}
+
+
+def check_engine(name: str, asked: Mapping[str, Any]) -> None:
+    """Raises ValueError for an unknown engine, and for one that cannot do all that is `asked`, key of a recipe ->
+    value: what it cannot, what it can, and which engines can all of it.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine = {name!r} is unknown: one of {', '.join(ENGINES)}")
+    obstacles = ENGINES[name].obstacles(asked)
+    if not obstacles:
+        return
+    wrong = ", ".join(f"{key} = {_shown(asked[key])}" for key in obstacles)
+    cures = "; ".join(f"set {key} to {' or '.join(map(_shown, ENGINES[name].only[key]))}" for key in obstacles)
+    able = [f'engine = "{other}"' for other, support in ENGINES.items() if not support.obstacles(asked)]
+    others = f", or take {' or '.join(able)}, which can" if able else "; no engine can all that the recipe asks"
+    raise ValueError(f'engine = "{name}" cannot do {wrong}: {cures}{others}')
+
+
+def check_installed(name: str) -> None:
+    """Raises ValueError where the package of an engine is missing, or not of a version that it was tested with."""
+    support = ENGINES[name]
+    if not support.package:
+        return
+    install = f"pip install 'pretrain-stack[{support.extra}]'"
+    try:
+        version = importlib.metadata.version(support.package)
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            f'engine = "{name}" needs the package {support.package}, which is not installed: {install}, or take '
+            'engine = "torch"'
+        ) from None
+    low, high = support.tested
+    if not _numbers(low) <= _numbers(version) < _numbers(high):
+        raise ValueError(
+            f'engine = "{name}": {support.package} {version} is installed, tested are {low} and later below {high}: '
+            f'{install}, or take engine = "torch"'
+        )
 
 
 def make_engine(name: str, spec: EngineSpec, world: World) -> Engine:
-    """The engine called `name`. Raises ValueError for an unknown one."""
-    if name not in ENGINES:
-        raise ValueError(f"engine = {name!r} is unknown: one of {', '.join(ENGINES)}")
-    module, _, cls = ENGINES[name].partition(":")
+    """The engine called `name`. Raises ValueError for one that is unknown or not installed."""
+    check_engine(name, {})
+    check_installed(name)
+    module, _, cls = ENGINES[name].where.partition(":")
     engine: Engine = getattr(importlib.import_module(module), cls)(spec, world)
     return engine
+
+
+def _shown(value: Any) -> str:
+    """As a recipe writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return str(list(value))
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Of a version, up to the first part that is none: 0.16.1rc0 is (0, 16)."""
+    parts = itertools.takewhile(str.isdigit, version.split("+")[0].split("."))
+    return tuple(map(int, parts))

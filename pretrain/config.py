@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from parallel.engine import ENGINES, Precision
+from parallel.engine import ENGINES, Precision, check_engine
 from parallel.mesh import ParallelConfig
 from parallel.remat import Recompute
 from pretrain.heartbeat import WatchdogConfig
@@ -205,8 +205,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine = {self.engine!r} is unknown: one of {', '.join(ENGINES)}")
+        sections = {name: section for name, section in self if isinstance(section, BaseModel)}
+        check_engine(self.engine, {f"{name}.{key}": v for name, section in sections.items() for key, v in section})
         self.model.check_length(self.data.seq_len)
         self.model.check_patches(self.data.patches, self.parallel.tp)
         both = getattr(self.objective, "image_attention", "causal") == "both" and self.data.patches
