@@ -15,11 +15,14 @@ from torch import Tensor
 
 from checkpoints.derived import new_checkpoint, new_folder
 from checkpoints.hf.brand import Brand, Config
-from checkpoints.hf.folder import Kept, read_config, write_config
+from checkpoints.hf.folder import CONFIG, Kept, read_config, write_config
+from checkpoints.hf.lineage import read_lineage, write_lineage
 from checkpoints.hf.ops import Shapes, Step, bind, first_few, match, wrong_experts
 from checkpoints.hf.processor import write_processor
 from checkpoints.hf.tokenizer import copy_tokenizer, settle_tokenizer
-from checkpoints.manifest import Progress
+from checkpoints.manifest import Origin, Progress, checksum
+from checkpoints.shards import dtype_name
+from checkpoints.surgery.target import origin
 from checkpoints.tensors import (
     INDEX,
     SINGLE,
@@ -77,6 +80,8 @@ def export(
             settle_tokenizer(temp, config["vocab_size"])
         if processor is not None:
             write_processor(temp, processor)
+        arguments = {"model_type": brand.model_type, "dtype": dtype and dtype_name(dtype)}
+        write_lineage(temp, origin("export", arguments, checkpoint))
         with TensorWriter(temp, *_hf_layout(temp, infos, max_bytes)) as writer:
             for step in steps:
                 _export_step(source, step, dtype, writer)
@@ -129,7 +134,10 @@ def import_(
         for step in steps
         for name, shape in zip(step.native, step.native_shapes, strict=True)
     }
-    with new_checkpoint(checkpoints, infos, ties) as writer:
+    how = {"model_type": model.brand.model_type}
+    imported = Origin("import", how, str(model.folder), 0, checksum(model.folder / CONFIG))
+    lineage = (*read_lineage(model.folder), imported)
+    with new_checkpoint(checkpoints, infos, ties, lineage=lineage) as writer:
         for step in steps:
             _import_step(model.tensors, step, names, writer)
             if progress is not None:
