@@ -53,13 +53,13 @@ def diff(a: Path, b: Path, *, optimizer: bool = False, progress: Progress | None
         for one, other, found in ((ours, theirs, only[0]), (theirs, ours, only[1])):
             found += [f"{part} {name}" for name in one if name not in other]
         for name in (name for name in ours if name in theirs):
-            one, other = ours.infos[name], theirs.infos[name]
-            if one.shape != other.shape:
-                unlike.append(f"{part} {name}: shape {list(one.shape)} in a, {list(other.shape)} in b")
+            info, shape = ours.infos[name], theirs.infos[name].shape
+            if info.shape != shape:
+                unlike.append(f"{part} {name}: shape {list(info.shape)} in a, {list(shape)} in b")
             else:
                 changes.append(_compare(part, name, ours, theirs))
             if progress is not None:
-                progress(one.num_bytes)
+                progress(info.num_bytes)
     changes.sort(key=lambda change: -_rank(change.products))
     return Difference(changes, unlike, *only)
 

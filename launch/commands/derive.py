@@ -27,7 +27,8 @@ def configure(run_dir: Path, out: Path, overrides: Sequence[str] = (), derived: 
         raise ValueError(f"run.dir: the new run's folder is {out} already; leave it out")
     tokenizer = run_dir / "tokenizer"
     moved = [f"run.dir={json.dumps(str(out))}"]
-    if load_run_config(run_dir).tokenizer.path == str(tokenizer):  # an imported run's own
+    used = load_run_config(run_dir).tokenizer.path
+    if used and Path(used).resolve() == tokenizer.resolve():  # an imported run's own
         moved.append(f"tokenizer.path={json.dumps(str(out / 'tokenizer'))}")
     return resolve(str(run_dir / "config.toml"), [*FRESH, *moved, *overrides, *derived])[0]
 
