@@ -17,6 +17,8 @@ from pretrain.config import RunConfig, flat_config, load_run_config
 from pretrain.models import FAMILIES
 
 OPTIONS = tuple(dict.fromkeys(name for options in METHODS.values() for name in options))
+# Keys of the model that say how it is trained, not what it computes.
+OF_TRAINING = ("init_std", "balance", "balance_weight", "z_weight", "bias_rate")
 
 
 def merge_runs(args: argparse.Namespace) -> None:
@@ -131,7 +133,8 @@ def _check_same_model(config: RunConfig, where: Path, other: RunConfig, other_wh
     """Raises ValueError where two runs' models are not computed alike."""
     ours, theirs = (flat_config(each) for each in (config, other))
     for key in dict.fromkeys([*ours, *theirs]):
-        if key.startswith("model.") and ours.get(key) != theirs.get(key):
+        may = not key.startswith("model.") or key.rpartition(".")[2] in OF_TRAINING
+        if not may and ours.get(key) != theirs.get(key):
             raise ValueError(
                 f"{key} = {theirs.get(key)} in {other_where}, but {ours.get(key)} in {where}: only models of the same "
                 "shape and settings can be merged"

@@ -1,4 +1,4 @@
-"""A checkpoint of the first format version, two ranks wide, is read for ever, by every command and under any layout.
+"""A checkpoint of the first format version, two ranks wide, is read for ever, under any layout.
 
 `fixtures/format-1` was written with tensor parallelism over 2 ranks, step 3, tensors as `known_values` says. Never
 write it anew: what this test guards is that files on somebody's disk stay readable.

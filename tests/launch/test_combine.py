@@ -94,6 +94,8 @@ def test_a_mean_is_a_run_that_knows_where_it_comes_from(runs, tmp_path, capsys):
     assert Kept.load(out / KEPT).brand == "llama"
     model = load_trained(out).model
     assert model.logits(model(torch.arange(20)[None])).isfinite().all()
+    soup = make_run(tmp_path / "soup", 5, "model.init_std=0.05", "optim.lr=0.1", around=runs["base"])
+    assert cli("merge", runs["a"], soup, "--out", tmp_path / "souped") == 0  # trained otherwise, of the same kind
     assert cli("merge", out, runs["c"], "--out", tmp_path / "next") == 0
     operations = [o.path for o in Manifest.read(tmp_path / "next/checkpoints/step-00000000").lineage]
     assert operations == [str(newest(run)) for run in (runs["a"], runs["b"], out, runs["c"])]
@@ -233,6 +235,7 @@ def test_a_diff_shows_the_largest_changes_first(runs, tmp_path, capsys):
             ["--keep 0: must"],
         ),
         (["merge", "a", "wide", "--out", "out"], ["model.ffn = 128", "but 96 in"]),
+        (["merge", "a", "turned", "--out", "out"], ["model.rope.theta = 5000.0", "but 10000.0 in"]),
         (["merge", "a", "b", "--out", "a"], ["exists and is not empty"]),
         (["merge", "a", "torn", "--out", "out"], ["no whole checkpoint"]),
         (["average", "a", "out", "--last", "2"], ["--last 2", "1 whole checkpoints by step 7"]),
@@ -246,6 +249,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(runs, tmp_path, capsys, argume
     places = {**runs, "out": tmp_path / "out", "nothing": tmp_path / "nothing"}
     if "wide" in arguments:
         places["wide"] = make_run(tmp_path / "wide", 1, "model.ffn=128")
+    if "turned" in arguments:
+        places["turned"] = make_run(tmp_path / "turned", 1, "model.rope.theta=5000")
     if "torn" in arguments:
         places["torn"] = make_run(tmp_path / "torn", 1)
         next(places["torn"].rglob("*.safetensors")).unlink()
