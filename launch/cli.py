@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from launch.local import joined, start_ranks
+from launch.local import joined, run_folder, start_ranks
+from launch.ranks import follow_parent
 from launch.slurm.options import add_options
 
 Handler = Callable[[argparse.Namespace], int | None]
@@ -23,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     module, _, function = args.handler.partition(":")
     try:
         if args.handler in RANKED and not joined():
-            return start_ranks(args.nproc)
+            logs = run_folder(args.recipe, args.overrides) if args.handler == RANKED[0] else None
+            return start_ranks(args.nproc, getattr(args, "restarts", 0), logs)
+        follow_parent()
         handler: Handler = getattr(importlib.import_module(module), function)
         return handler(args) or 0
     except (ValueError, OSError) as error:
@@ -88,6 +91,8 @@ def _add_run(commands: Any) -> None:
     run.add_argument("recipe", help="a recipe's name, or the path of a .toml file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as train.steps=200")
     _nproc(run)
+    summary = "start all anew from the last checkpoint so often when one dies (default: 0)"
+    run.add_argument("--restarts", type=int, default=0, metavar="K", help=summary)
     run.add_argument(
         "--explain",
         dest="handler",

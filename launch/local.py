@@ -1,16 +1,21 @@
 """Starting ranks on this machine, with the environment that makes CPU runs fast."""
 
+import importlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
-from types import FrameType
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from launch.ranks import Ranks
+from launch.rundir import new_local_job
 
 STARTED = "PRETRAIN_STARTED"  # marks a process that was started with its final environment
-GRACE_SECONDS = 30.0  # between asking ranks to end and ending them
+RECIPES = Path(__file__).parent.parent / "pretrain/recipes"
+DEFAULT_FOLDER = "runs/default"  # of `pretrain.config`, which imports torch
 
 # Huge pages for malloc, and no giving back of memory between steps: large activations are allocated again each step,
 # and page faults and zeroing cost a third of a CPU step otherwise.
@@ -27,83 +32,81 @@ def joined() -> bool:
     return STARTED in os.environ or "RANK" in os.environ
 
 
-def start_ranks(nproc: int | None) -> int:
+def start_ranks(nproc: int | None, restarts: int = 0, run_dir: Path | None = None) -> int:
     """Run this same command as `nproc` ranks and wait; returns the first failing rank's exit code, or 0.
 
     None: one rank a GPU, or a single one. A single rank replaces this process. Signals are passed on to all ranks;
-    when one fails the others are ended, so that nobody waits for it in a collective.
+    when one fails the others are ended, so that nobody waits for it in a collective, and all are started anew up to
+    `restarts` times. With `run_dir` each rank has its log there, and the console shows rank 0's.
     """
     gpus = count_gpus()
     world = nproc if nproc is not None else max(gpus, 1)
     if world < 1:
         raise ValueError(f"--nproc {nproc}: must be at least 1")
+    if restarts < 0:
+        raise ValueError(f"--restarts {restarts}: must be 0 or more")
     if gpus and world > gpus:
         raise ValueError(
             f"--nproc {world}: this machine has {gpus} GPUs for them; start at most one on each, or hide them for a "
             "run on the CPU (CUDA_VISIBLE_DEVICES=)"
         )
-    base = {**os.environ, STARTED: "1"}
-    if not gpus:
-        base = {**CPU_MALLOC, **base}
-        base.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
-    base.pop("WORLD_SIZE", None)  # of some other job
     # -P: the folder that the user stands in is no place to import from.
     command = [sys.executable, "-P", "-m", "launch.cli", *sys.argv[1:]]
-    if world == 1:
+    environment = rank_environment(world, gpus)
+    if world == 1 and not restarts:
         sys.stdout.flush()
-        os.execve(command[0], command, base)
-    base |= {
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    ranks: list[subprocess.Popen[bytes]] = []
-    asked: list[int] = []
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        asked.append(number)
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(signal.SIGKILL if len(asked) > 2 else number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    for index in range(world):
-        if not asked:
-            ranks.append(subprocess.Popen(command, env=base | {"RANK": str(index), "LOCAL_RANK": str(index)}))
-    return _wait(ranks)
+        os.execve(command[0], command, environment)
+    ranks = Ranks(command, environment, 0, world, world, "127.0.0.1", free_port(), run_dir, new_local_job())
+    ranks.handle_signals()
+    ranks.start()
+    # torch is imported (2 s) while the ranks do the same.
+    code: int = importlib.import_module("launch.elastic").supervise(
+        ranks, group=0, groups=1, port=free_port(), restarts=restarts
+    )
+    ranks.tell()
+    return code
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
-    while any(rank.poll() is None for rank in ranks):
-        gone = [rank for rank in ranks if rank.poll()]
-        if gone:
-            failed = min(gone, key=lambda rank: rank.returncode)  # killed by a signal: what made the others fail
-            _end(ranks)
-            index = ranks.index(failed)
-            if failed.returncode not in (1, 2):  # those have said why themselves
-                how = f"signal {-failed.returncode}" if failed.returncode < 0 else f"exit code {failed.returncode}"
-                print(f"pretrain: rank {index} of {len(ranks)} died ({how}); the others were ended", file=sys.stderr)
-            return failed.returncode if failed.returncode > 0 else 1
-        time.sleep(0.05)
-    return next((abs(rank.returncode) for rank in ranks if rank.returncode), 0)
+def rank_environment(here: int, gpus: int) -> dict[str, str]:
+    """This process's environment with what `here` ranks on this machine need."""
+    environment = {**os.environ, STARTED: "1"}
+    if not gpus:
+        environment = {**CPU_MALLOC, **environment}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
+    environment.pop("WORLD_SIZE", None)  # of some other job
+    return environment
 
 
-def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """A failing rank gives the others a moment to fail for the same reason, then they are ended."""
-    deadline = time.monotonic() + 2.0
-    for rank in ranks:
-        try:
-            rank.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            rank.terminate()
-    for rank in ranks:
-        try:
-            rank.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            rank.kill()
-            rank.wait()
+def run_folder(recipe: str, overrides: list[str]) -> Path | None:
+    """`run.dir` of a run, read without torch: logs go there. None where the recipe has a mistake: the ranks say it."""
+    try:
+        for override in reversed(overrides):
+            key, _, text = override.partition("=")
+            if key.strip() == "run.dir":
+                return Path(_value(text))
+        path = Path(recipe)
+        seen: set[Path] = set()
+        while path not in seen:
+            seen.add(path)
+            if not (path.suffix == ".toml" and path.is_file()):
+                path = RECIPES / f"{path.name}.toml"
+            tree = tomllib.loads(path.read_text())
+            if "dir" in tree.get("run", {}):
+                return Path(tree["run"]["dir"])
+            if "base" not in tree:
+                return Path(DEFAULT_FOLDER)
+            base = Path(f"{str(tree['base']).removesuffix('.toml')}.toml")
+            path = path.parent / base if (path.parent / base).is_file() else base
+    except (OSError, AttributeError, TypeError, ValueError):
+        pass
+    return None
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def count_gpus() -> int:
