@@ -107,7 +107,7 @@ def alive_jobs(job_ids: Sequence[str]) -> dict[str, str]:
         return {}
     # All jobs: asked for by id, squeue fails when it has forgotten one.
     lines = call("squeue", "-h", "-r", "-o", "%i|%F|%T").splitlines()
-    rows = [line.split("|") for line in lines]
+    rows = sorted((line.split("|") for line in lines), key=lambda row: [*map(int, re.findall(r"\d+", row[0]))])
     return {job: state for job, array, state in rows if array in own and (job in job_ids or array in job_ids)}
 
 

@@ -198,18 +198,18 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split(";")[0])
 
-    def output(self, job: int) -> str:
+    def output(self, job: int | str) -> str:
         """What a job of `submit` has printed so far."""
         path = self.folder / f"job-{job}.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def job(self, job: int) -> dict[str, str]:
+    def job(self, job: int | str) -> dict[str, str]:
         """The fields of `scontrol show job`, such as JobState, Restarts, BatchHost; empty when it is not known."""
         command = ["scontrol", "show", "job", "--oneliner", str(job)]
         listing = subprocess.run(command, capture_output=True, text=True, check=False)
         return dict(word.split("=", 1) for word in listing.stdout.split() if "=" in word)
 
-    def wait(self, job: int, *states: str, timeout: float = 60) -> str:
+    def wait(self, job: int | str, *states: str, timeout: float = 60) -> str:
         """Wait until a job is in one of these states (default: any in which it has ended); returns it."""
         wanted = states or ENDED
         wait_until(lambda: self.job(job).get("JobState") in wanted, timeout, lambda: self.report(job))
@@ -224,7 +224,7 @@ class Cluster:
             subprocess.run(["scancel", "--signal=KILL", *jobs], capture_output=True, check=False)
         self.wait_idle(timeout=self.kill_wait + 20)
 
-    def report(self, job: int | None = None) -> str:
+    def report(self, job: int | str | None = None) -> str:
         """Everything that explains why a wait was in vain."""
         parts = [f"nodes: {self.node_states()}"]
         if job is not None:
