@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_plan(commands)
     add_options(_leaf(commands, "submit", "submit:submit", "check a recipe, and queue it with SLURM"))
+    _add_jobs(commands)
     return parser
 
 
@@ -308,6 +309,24 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument("--top", type=int, default=10, metavar="K", help="layouts to show")
     plan.add_argument("--explain", action="store_true", help="show all terms of the best one")
+
+
+def _add_jobs(commands: Any) -> None:
+    summary = "how runs stand: state, step, loss, speed, restarts and why; of a sweep, a table of results"
+    status = _leaf(commands, "status", "status:status", summary)
+    status.add_argument("runs", nargs="*", metavar="run", help="folders of runs or sweeps (default: all below runs/)")
+    status.add_argument("--watch", action="store_true", help="show it anew until all of them have ended")
+    status.add_argument("--interval", type=float, default=3.0, metavar="S", help="of --watch (default: %(default)s s)")
+    status.add_argument("--json", action="store_true", help="a list with all that is known of each run")
+    cancel = _leaf(commands, "cancel", "cancel:cancel", "ask a run, or all of a sweep, to save and leave")
+    cancel.add_argument("run", help="the run's folder")
+    cancel.add_argument("--now", action="store_true", help="end it without a last checkpoint")
+    logs = _leaf(commands, "logs", "logs:logs", "what a rank prints; of a run that died, the first error on top")
+    logs.add_argument("run", help="the run's folder")
+    logs.add_argument("--rank", type=int, default=0, metavar="R", help="the rank (default: 0)")
+    logs.add_argument("--follow", "-f", action="store_true", help="go on printing until the run has ended")
+    logs.add_argument("-n", dest="lines", type=int, default=50, metavar="LINES", help="last lines (default: 50)")
+    logs.add_argument("--job", metavar="ID", help="of this job, such as 12, or 12.1 for its second start")
 
 
 if __name__ == "__main__":
