@@ -4,13 +4,15 @@ Nothing is remembered: the cursor and the mixture's history (timeline.py) resume
 """
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from data_pipeline.ledger import Record
-from data_pipeline.pack import ImageSamples, Samples, SourceStream
+from data_pipeline.pack import ImageSamples, Pieces, Samples, SourceStream, TokenStream, pack
 from data_pipeline.timeline import Timeline
+
+Part = tuple[int, Any, int, np.ndarray]
 
 
 @runtime_checkable
@@ -53,11 +55,13 @@ class MixedStream:
 
     def read(self, start: int, count: int) -> Samples | ImageSamples:
         """Samples ``start`` to ``start + count - 1`` of the mixture."""
-        sources, indices = self.timeline.where(start, count)
+        parts = self._parts(start, count)
+        streams = [stream for _, stream, _, _ in parts]
+        if self._patch_shape is None and all(isinstance(stream, TokenStream) for stream in streams):
+            return self._packed(parts, count)
         mixed: Samples | ImageSamples | None = None
-        for source in np.unique(sources).tolist():
-            rows = np.flatnonzero(sources == source)  # their indices follow one another
-            samples = self._widened(self._stream(source).read(int(indices[rows[0]]), len(rows)))
+        for _, stream, first, rows in parts:
+            samples = self._widened(stream.read(first, len(rows)))
             if len(rows) == count:
                 return samples
             if mixed is None:
@@ -67,16 +71,37 @@ class MixedStream:
         assert mixed is not None
         return mixed
 
-    def documents(self, start: int, count: int) -> Record:
-        """Which documents lie in samples ``start`` to ``start + count - 1``; nothing is read."""
+    def _packed(self, parts: list[Part], count: int) -> Samples:
+        """Text of several sources laid out at once, without a copy of each source's rows."""
+        found = [(stream, rows, stream.pieces(first, len(rows))) for _, stream, first, rows in parts]
+        if len(found) == 1:
+            return parts[0][1].read(parts[0][2], count)
+        columns = [Pieces(rows[pieces.rows], *pieces[1:]) for _, rows, pieces in found]
+        pieces = Pieces(*map(np.concatenate, zip(*columns, strict=True)))
+        order = np.argsort(pieces.rows, kind="stable")
+        views = [view for stream, _, own in found for view in stream.views(own)]
+        skips = np.concatenate([stream.skips(own) for stream, _, own in found])
+        pieces = Pieces(*(column[order] for column in pieces))
+        return pack(pieces, [views[place] for place in order.tolist()], count, self.seq_len, skips[order])
+
+    def _parts(self, start: int, count: int) -> list[Part]:
+        """(number, stream, its first sample, rows) of each source in these samples; a source's follow one another."""
         sources, indices = self.timeline.where(start, count)
         parts = []
-        for source in np.unique(sources).tolist():
+        for source in sorted(set(sources.tolist())):
             rows = np.flatnonzero(sources == source)
-            found = self._stream(source).documents(int(indices[rows[0]]), len(rows))
-            sources_of = np.full(len(found.documents), source, np.int64)
-            parts.append(Record(rows[found.rows], sources_of, found.documents, found.offsets))
-        record = Record(*map(np.concatenate, zip(*parts, strict=True)))
+            parts.append((source, self._stream(source), int(indices[rows[0]]), rows))
+        return parts
+
+    def documents(self, start: int, count: int) -> Record:
+        """Which documents lie in samples ``start`` to ``start + count - 1``; nothing is read."""
+        records = []
+        for source, stream, first, rows in self._parts(start, count):
+            found = stream.documents(first, len(rows))
+            records.append(Record(rows[found.rows], np.full(len(found.rows), source), found.documents, found.offsets))
+        if len(records) == 1:
+            return records[0]
+        record = Record(*map(np.concatenate, zip(*records, strict=True)))
         order = np.argsort(record.rows, kind="stable")
         return Record(*(column[order] for column in record))
 

@@ -113,40 +113,17 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> Samples:
         """Samples ``start`` to ``start + count - 1`` of the stream."""
-        pieces = self._pieces_of(start, count)
-        seq_len, size = self.seq_len, count * self.seq_len
-        # One block for all: several large ones are returned to the system and faulted in again, at 5 times the cost.
-        block = np.empty(4 * size + count, np.int32)
-        tokens = block[: size + count].reshape(count, seq_len + 1)
-        targets, positions, documents = block[size + count :].reshape(3, size)
-        self.dataset.gather(pieces.documents, pieces.offsets, pieces.lengths, tokens.reshape(-1))
-        rows, columns = pieces.rows, pieces.columns
-        targets.reshape(count, seq_len)[:] = tokens[:, 1:]
-        later = columns > 0
-        targets[rows[later] * seq_len + columns[later] - 1] = IGNORED
-        if len(self._skipped):
-            for place in np.flatnonzero(np.isin(pieces.documents, self._skipped)).tolist():
-                begin, length = int(columns[place]), int(pieces.lengths[place])
-                targets.reshape(count, seq_len)[rows[place], begin : begin + length] = IGNORED
-
-        inside = columns < seq_len
-        rows, columns = rows[inside], columns[inside]
-        bounds = rows * seq_len + columns
-        lengths = np.diff(bounds, append=size)
-        ordinals = np.arange(len(rows)) - np.flatnonzero(columns == 0)[rows]
-        documents[:] = np.repeat(ordinals.astype(np.int32), lengths)
-        np.subtract(np.arange(size, dtype=np.int32), np.repeat(bounds.astype(np.int32), lengths), out=positions)
-        shape = (count, seq_len)
-        return Samples(tokens, targets.reshape(shape), positions.reshape(shape), documents.reshape(shape))
+        pieces = self.pieces(start, count)
+        return pack(pieces, self.views(pieces), count, self.seq_len, self.skips(pieces))
 
     def documents(self, start: int, count: int) -> Entries:
         """Which documents lie in samples ``start`` to ``start + count - 1``; nothing is read."""
-        pieces = self._pieces_of(start, count)
+        pieces = self.pieces(start, count)
         inside = pieces.columns < self.seq_len  # else it is only the last target of its row, which is ignored
         return Entries(pieces.rows[inside], pieces.documents[inside], pieces.offsets[inside])
 
-    def _pieces_of(self, start: int, count: int) -> Pieces:
-        """What the samples from ``start`` on are made of; each row begins with a piece."""
+    def pieces(self, start: int, count: int) -> Pieces:
+        """What samples ``start`` to ``start + count - 1`` are made of; each row begins with a piece."""
         if start < 0 or count < 1:
             raise ValueError(f"samples {start} to {start + count - 1}: start must be 0 or more, count 1 or more")
         done, width, found = 0, self.seq_len + 1, []
@@ -168,6 +145,14 @@ class TokenStream:
             found.append(pieces if held.all() else Pieces(*(column[held] for column in pieces)))
             done += some
         return found[0] if len(found) == 1 else Pieces(*map(np.concatenate, zip(*found, strict=True)))
+
+    def views(self, pieces: Pieces) -> list[np.ndarray]:
+        """The tokens of each piece."""
+        return self.dataset.views(pieces.documents, pieces.offsets, pieces.lengths)
+
+    def skips(self, pieces: Pieces) -> np.ndarray:
+        """Whether a piece is of a document that is left out, bool [n]."""
+        return np.isin(pieces.documents, self._skipped) if len(self._skipped) else np.zeros(len(pieces.rows), bool)
 
     def _shuffled(self, epoch: int, first: int, count: int) -> np.ndarray:
         """Pieces of the epoch that its samples ``first`` to ``first + count - 1`` are."""
@@ -221,6 +206,36 @@ class TokenStream:
         groups = np.empty(shards, np.int64)
         groups[permutation(shards, self.seed, epoch)] = np.arange(shards) // self._together
         return order[np.argsort(groups[self.dataset.shards_of(order)], kind="stable")]
+
+
+def pack(pieces: Pieces, views: list[np.ndarray], count: int, seq_len: int, skipped: np.ndarray) -> Samples:
+    """B = ``count`` samples of S = ``seq_len`` tokens out of their pieces, by ascending row and column.
+
+    views: tokens of each piece. skipped: bool [n], pieces that are no targets.
+    """
+    size = count * seq_len
+    # One block for all: several large ones are returned to the system and faulted in again, at 5 times the cost.
+    block = np.empty(4 * size + count, np.int32)
+    tokens = block[: size + count].reshape(count, seq_len + 1)
+    targets, positions, documents = block[size + count :].reshape(3, size)
+    np.concatenate(views, out=tokens.reshape(-1))
+    rows, columns = pieces.rows, pieces.columns
+    targets.reshape(count, seq_len)[:] = tokens[:, 1:]
+    later = columns > 0
+    targets[rows[later] * seq_len + columns[later] - 1] = IGNORED
+    for place in np.flatnonzero(skipped).tolist():
+        begin, length = int(columns[place]), int(pieces.lengths[place])
+        targets.reshape(count, seq_len)[rows[place], begin : begin + length] = IGNORED
+
+    inside = columns < seq_len
+    rows, columns = rows[inside], columns[inside]
+    bounds = rows * seq_len + columns
+    lengths = np.diff(bounds, append=size)
+    ordinals = np.arange(len(rows)) - np.flatnonzero(columns == 0)[rows]
+    documents[:] = np.repeat(ordinals.astype(np.int32), lengths)
+    np.subtract(np.arange(size, dtype=np.int32), np.repeat(bounds.astype(np.int32), lengths), out=positions)
+    shape = (count, seq_len)
+    return Samples(tokens, targets.reshape(shape), positions.reshape(shape), documents.reshape(shape))
 
 
 def permuted(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

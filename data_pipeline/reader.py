@@ -119,12 +119,8 @@ class TokenDataset:
         found = [find_key(i.keys, key) + first for i, first in zip(self._indexes, self._first[:-1], strict=True)]
         return np.concatenate(found)
 
-    def gather(self, documents: np.ndarray, begins: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
-        """Write ``lengths[k]`` tokens of ``documents[k]`` from its token ``begins[k]`` on, one after the
-        other, to out.
-
-        All [k]; ``out`` [sum of lengths] of any integer dtype wide enough.
-        """
+    def views(self, documents: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        """``lengths[k]`` tokens of ``documents[k]`` from its token ``begins[k]`` on, all [k]: views of the maps."""
         if len(self.paths) == 1:
             shards = np.zeros(len(documents), np.int64)
         else:
@@ -133,7 +129,7 @@ class TokenDataset:
         maps = self._fetched_maps(wanted) if self._elsewhere else {shard: self._map(shard) for shard in wanted}
         begins = self._starts[documents] + begins
         rows = zip(shards.tolist(), begins.tolist(), (begins + lengths).tolist(), strict=True)
-        np.concatenate([maps[shard][begin:end] for shard, begin, end in rows], out=out)
+        return [maps[shard][begin:end] for shard, begin, end in rows]
 
     def _map(self, shard: int) -> np.ndarray:
         tokens = self._maps[shard]

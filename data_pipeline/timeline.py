@@ -10,10 +10,13 @@ is counted along the way: any sample is found in the time that it takes to find 
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import numpy as np
+
+AHEAD = 4096  # samples that are looked up together
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class Timeline:
             _check(phase.shares)
         self.names = list(dict.fromkeys(share.name for phase in self.phases for share in phase.shares))
         self._segments: list[_Segment] = []
+        self._kept = 0, (np.empty(0, np.int64), np.empty(0, np.int64))  # the last answer, and more
 
     @classmethod
     def of(cls, shares: Sequence[Share]) -> Self:
@@ -169,6 +173,15 @@ class Timeline:
         """Source number and index in the source of samples ``start`` to ``start + count - 1``, both int64 [count]."""
         if start < 0 or count < 1:
             raise ValueError(f"samples {start} to {start + count - 1}: start must be 0 or more, count 1 or more")
+        begin, kept = self._kept
+        if not begin <= start <= start + count <= begin + len(kept[0]):
+            begin, kept = start, self._where(start, count)
+            with suppress(ValueError):  # the sources are used up before
+                kept = self._where(start, max(count, AHEAD))
+            self._kept = begin, kept
+        return kept[0][start - begin :][:count], kept[1][start - begin :][:count]
+
+    def _where(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         numbers, indices = [], []
         for segment in self._until(start + count):
             first, end = max(start, segment.start), min(start + count, segment.end)

@@ -134,7 +134,8 @@ def _train(config: RunConfig, world: World, ranks: Ranks, beat: Heartbeat, resum
         if world.rank == 0:
             metrics = start_metrics(config, world, position)
             opened.callback(metrics.close)
-            ledger = opened.enter_context(Ledger(run_dir / LEDGER, position.step, stream.timeline.names))
+            names, batch = stream.timeline.names, config.train.global_batch
+            ledger = opened.enter_context(Ledger(run_dir / LEDGER, position.step, names, stream.documents, batch))
         opened.callback(store.close)
         saver = Saver(store, engine, config.checkpoint, metrics)
         run = Run(config, engine, objective, datasets, held_out, stream, loader, saver, metrics, ledger, beat)
@@ -212,7 +213,7 @@ def loop(run: Run, position: Position, resume_command: str) -> tuple[str, str | 
             asked = {"stop": bool(requested), "save": run.saver.late()}
             values, wanted = train_step(run.engine, run.objective, batches, lr, asked)
             if run.ledger is not None:
-                run.ledger.append(position.step + 1, position.cursor, run.stream.documents(position.cursor, batch_size))
+                run.ledger.add(position.step + 1, position.cursor)
             # The step before is looked at now, while the device works on this one: nobody waits.
             numbers = check_step(previous, position.step, run.saver.store)
             stopping = bool(numbers.get("stop"))

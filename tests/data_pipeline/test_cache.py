@@ -42,9 +42,8 @@ def test_the_least_recently_used_make_room(source, tmp_path) -> None:
     dataset = TokenDataset(f"{server.url}/{SHARDS}", cache=options)
     views = []
     for number, kept in [(0, "0"), (1, "01"), (2, "012"), (0, "012"), (3, "023"), (4, "034"), (1, "134")]:
-        out = np.empty(5000, np.int32)
-        dataset.gather(np.array([number]), np.array([0]), np.array([5000]), out)
-        assert np.array_equal(out, DOCUMENTS[number])
+        (view,) = dataset.views(np.array([number]), np.array([0]), np.array([5000]))
+        assert np.array_equal(view, DOCUMENTS[number])
         assert held(tmp_path / "cache") == [f"train-0000{name}.tar" for name in kept], number
         views.append((number, dataset.document(number)))
         time.sleep(0.02)  # file systems' clocks are coarse
@@ -68,8 +67,7 @@ def test_more_shards_at_once_than_fit(source, tmp_path) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    out = np.empty(30000, np.int32)
-    dataset.gather(np.arange(6), np.zeros(6, int), np.full(6, 5000), out)
+    out = np.concatenate(dataset.views(np.arange(6), np.zeros(6, int), np.full(6, 5000)))
     stop.set()
     watcher.join()
     assert np.array_equal(out, np.arange(30000)) and most <= 2.5 * size

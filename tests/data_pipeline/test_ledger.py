@@ -27,9 +27,11 @@ def steps_of(path: Path) -> list[tuple]:
 
 
 def fill(path: Path, stream: MixedStream, steps: range, size: int = 8) -> None:
-    with Ledger(path, steps.start - 1, stream.timeline.names) as ledger:
+    with Ledger(path, steps.start - 1, stream.timeline.names, stream.documents, size) as ledger:
         for step in steps:
-            ledger.append(step, (step - 1) * size, stream.documents((step - 1) * size, size))
+            ledger.add(step, (step - 1) * size)
+            if step % 7 == 0:
+                ledger.sync()  # as before a checkpoint
 
 
 def test_the_documents_named_are_those_of_the_samples(stream, tmp_path) -> None:
@@ -54,14 +56,14 @@ def test_the_documents_named_are_those_of_the_samples(stream, tmp_path) -> None:
 
 def test_a_resume_drops_later_steps_and_a_torn_end(stream, tmp_path) -> None:
     fill(tmp_path / "whole", stream, range(1, 11))
-    fill(tmp_path / "cut", stream, range(1, 8))
+    fill(tmp_path / "cut", stream, range(1, 13))
     torn = (tmp_path / "cut").read_bytes()
     for lost in (1, 20, 40):
         (tmp_path / "cut").write_bytes(torn[:-lost])
-        assert len(steps_of(tmp_path / "cut")) == 6
+        assert len(steps_of(tmp_path / "cut")) == 7
     (tmp_path / "cut").write_bytes(torn[:-9] + b"\x00" + torn[-8:])
-    assert len(steps_of(tmp_path / "cut")) == 6, "a changed byte is seen"
-    fill(tmp_path / "cut", stream, range(5, 11))
+    assert len(steps_of(tmp_path / "cut")) == 7, "a changed byte is seen"
+    fill(tmp_path / "cut", stream, range(8, 11))
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
     assert [found[0] for found in steps_of(tmp_path / "cut")] == list(range(1, 11))
     assert [entry.step for entry in read_ledger(tmp_path / "cut", 7)] == [7]
@@ -69,10 +71,10 @@ def test_a_resume_drops_later_steps_and_a_torn_end(stream, tmp_path) -> None:
 
 def test_sources_that_are_added_later_have_numbers_of_their_own(stream, tmp_path) -> None:
     record = stream.documents(0, 4)
-    with Ledger(tmp_path / "l", 0, ["a", "b"]) as ledger:
-        ledger.append(1, 0, record)
-    with Ledger(tmp_path / "l", 1, ["a", "b", "c"]) as ledger:
-        ledger.append(2, 4, record)
+    with Ledger(tmp_path / "l", 0, ["a", "b"], lambda *_: record, 4) as ledger:
+        ledger.add(1, 0)
+    with Ledger(tmp_path / "l", 1, ["a", "b", "c"], lambda *_: record, 4) as ledger:
+        ledger.add(2, 4)
     assert [entry.sources for entry in read_ledger(tmp_path / "l")] == [["a", "b"], ["a", "b", "c"]]
 
 
@@ -84,8 +86,8 @@ def test_a_few_bytes_a_document(tmp_path) -> None:
     record = Record(
         np.sort(rng.integers(0, 4096, count)), rng.integers(0, 3, count), rng.integers(0, 10**6, count), offsets
     )
-    with Ledger(tmp_path / "l", 0, ["a"]) as ledger:
-        ledger.append(1, 0, record)
+    with Ledger(tmp_path / "l", 0, ["a"], lambda *_: record, 4096) as ledger:
+        ledger.add(1, 0)
     assert (tmp_path / "l").stat().st_size / count < 5
     entry = next(read_ledger(tmp_path / "l"))
     assert entry.record is not None
@@ -98,4 +100,4 @@ def test_what_is_no_ledger_is_named(tmp_path) -> None:
         list(read_ledger(tmp_path / "none"))
     (tmp_path / "other").write_bytes(b"something else")
     with pytest.raises(ValueError, match="is no ledger of this version; move it away"):
-        Ledger(tmp_path / "other", 0, ["a"])
+        Ledger(tmp_path / "other", 0, ["a"], lambda *_: None, 1)

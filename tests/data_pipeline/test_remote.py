@@ -75,8 +75,7 @@ def test_a_shard_is_fetched_when_it_is_needed_and_once(source, options) -> None:
     _, server = source
     dataset = TokenDataset(f"{server.url}/{BRACES}", cache=options)
     assert not any(name.endswith(".tar") for name in server.requests)
-    out = np.empty(600, np.int32)
-    dataset.gather(np.array([3, 6]), np.array([100, 50]), np.array([200, 400]), out)
+    out = np.concatenate(dataset.views(np.array([3, 6]), np.array([100, 50]), np.array([200, 400])))
     assert out.tolist() == [*DOCUMENTS[3][100:300].tolist(), *DOCUMENTS[6][50:450].tolist()]
     assert server.requests["train-00001.tar"] == server.requests["train-00003.tar"] == 1
     assert not server.requests["train-00000.tar"]
@@ -142,7 +141,7 @@ def test_one_bad_shard_of_many_ends_the_others(source, options) -> None:
     (folder / "train-00001.tar").unlink()
     begun = time.monotonic()
     with pytest.raises(FileNotFoundError, match=rf"{server.url}/train-00001.tar: not there"):
-        dataset.gather(np.arange(8), np.zeros(8, int), np.array(LENGTHS), np.empty(sum(LENGTHS), np.int32))
+        dataset.views(np.arange(8), np.zeros(8, int), np.array(LENGTHS))
     assert time.monotonic() - begun < 3
     server.failures.clear()
     assert dataset.document(0).tolist() == DOCUMENTS[0].tolist(), "others are not given up for ever"

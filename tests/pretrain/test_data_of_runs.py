@@ -44,7 +44,7 @@ def ledger_of(run_dir: Path) -> list[tuple]:
 
 
 def test_an_edited_mixture_resumes_exactly(tmp_path, sources, tiny_shards) -> None:
-    """Edited at step 4 and stopped again at 6: as edited at 4 and never stopped; the ledger is alike to the byte."""
+    """Edited at step 4 and stopped again at 6: as edited at 4 and never stopped; the ledgers are alike."""
     first, second = mixed(sources, a=1.0, b="[[0, 3.0], [512, 1.0]]"), mixed(sources, c=2.0, a=1.0)
     for run, stops in (("whole", (8,)), ("halves", (6, 8))):
         train(small_config(tmp_path / run, tiny_shards, first, "train.steps=8", "train.stop_at=4"), ALONE)
@@ -53,9 +53,8 @@ def test_an_edited_mixture_resumes_exactly(tmp_path, sources, tiny_shards) -> No
             train(config, ALONE)
     assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
     assert_same_tensors(tmp_path / "whole", tmp_path / "halves", 8)
-    ledgers = [(tmp_path / run / "ledger.bin").read_bytes() for run in ("whole", "halves")]
-    assert ledgers[0] == ledgers[1]
     steps = ledger_of(tmp_path / "whole")
+    assert steps == ledger_of(tmp_path / "halves")
     assert [step for step, _, _ in steps] == list(range(1, 9))
     used = [set(columns[1]) for _, _, columns in steps]
     assert set().union(*used[:4]) == {0, 1} and set().union(*used[4:]) == {0, 2}, "b went, c came"
