@@ -6,6 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from launch.flight import record_collectives
+from launch.watchdog import watching
 from parallel.world import join_world
 from pretrain.config import explain_origins, recipe_schema, resolve
 from pretrain.train import train
@@ -15,8 +17,11 @@ def run(args: argparse.Namespace) -> None:
     """Train as one of the ranks."""
     config, _ = resolve(args.recipe, args.overrides)
     again = ["pretrain", *sys.argv[1:], *(["run.resume=auto"] if config.run.resume == "never" else [])]
-    with join_world() as world:
-        train(config, world, shlex.join(again))
+    record_collectives()
+    stall_s = config.watchdog.stall_s
+    # The watchdog ends a run that stands still: it must see it before a collective gives up.
+    with join_world(max(10.0, 4 * stall_s / 60)) as world:
+        train(config, world, shlex.join(again), watching(Path(config.run.dir), world, stall_s))
 
 
 def explain(args: argparse.Namespace) -> None:
