@@ -41,6 +41,10 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def shard_name(part: str, rank: int) -> str:
+    return f"{part}/rank-{rank:05d}.safetensors"
+
+
 def find_steps(folder: Path) -> dict[int, Path]:
     """Step -> folder of every checkpoint, whole or not."""
     found: dict[int, Path] = {}
@@ -62,7 +66,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, ranks: Ranks) -> Path:
         entries = {}
         for part, pieces in snapshot.plan.pieces.items():
             if pieces:
-                name = f"{part}/rank-{ranks.rank:05d}.safetensors"
+                name = shard_name(part, ranks.rank)
                 entries[name] = asdict(write_shard(temp / name, pieces, snapshot.contents(part)))
         return entries
 
@@ -112,6 +116,11 @@ def _commit(temp: Path, final: Path, snapshot: Snapshot, files: dict[str, FileEn
     if unseen := manifest.size_problems(temp):
         raise CheckpointError(f"{unseen[0]}; all ranks must write to one shared file system")
     write_durably(temp / MANIFEST, manifest.encode())
+    put_in_place(temp, final)
+
+
+def put_in_place(temp: Path, final: Path) -> None:
+    """A whole folder, but for the fsync of its folders, becomes the checkpoint of its step."""
     for folder in (*(temp / part for part in PARTS), temp):
         fsync(folder)
     aside = final.with_name(f".replaced-{final.name}")

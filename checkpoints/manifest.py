@@ -99,6 +99,11 @@ class Manifest:
             raise FileNotFoundError(
                 f"{folder} has no {MANIFEST}: not a whole checkpoint; use another one or remove the folder"
             ) from None
+        return cls.parse(raw, str(path))
+
+    @classmethod
+    def parse(cls, raw: bytes, path: str) -> "Manifest":
+        """The content of a manifest's file; `path` is what errors call it."""
         try:
             body = json.loads(raw)
             version = body["format_version"]

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,26 +38,23 @@ class Retention:
         if self.best_mode not in ("min", "max"):
             raise ValueError(f'checkpoint.best_mode = "{self.best_mode}": must be "min" or "max"')
 
-    def kept(self, folder: Path, whole: Sequence[int]) -> set[int]:
-        """Of the steps of whole checkpoints, ascending, those that stay."""
-        stay = set(whole[-self.keep :]) | {step for step in whole if is_pinned(folder, step)}
+    def kept(self, whole: Sequence[int], metrics: Callable[[int], dict[str, float]], pinned: set[int]) -> set[int]:
+        """Of the steps of whole checkpoints, ascending, those that stay. metrics: the numbers of a step."""
+        stay = set(whole[-self.keep :]) | pinned
         if self.keep_every:
             stay |= {step for step in whole if step % self.keep_every == 0}
-        return stay | set(self.best_steps(folder, whole))
-
-    def best_steps(self, folder: Path, whole: Sequence[int]) -> list[int]:
-        """Best first; those without the number are none of them."""
-        if self.best is None:
-            return []
-        scores = {step: read_metrics(step_folder(folder, step)).get(self.best) for step in whole}
-        sign = 1 if self.best_mode == "min" else -1
-        ranked = sorted((sign * score, -step) for step, score in scores.items() if score is not None)
-        return [-step for _, step in ranked[: self.keep_best]]
+        if self.best is not None:
+            sign = 1 if self.best_mode == "min" else -1
+            scores = {step: metrics(step).get(self.best) for step in whole}
+            ranked = sorted((sign * score, -step) for step, score in scores.items() if score is not None)
+            stay |= {-step for _, step in ranked[: self.keep_best]}
+        return stay
 
 
 def prune(folder: Path, retention: Retention, whole: Sequence[int], just_saved: int) -> None:
     """Broken checkpoints do not count as kept, and are left for a person to look at."""
-    stay = retention.kept(folder, whole) | {just_saved}
+    stay = retention.kept(whole, lambda step: read_metrics(step_folder(folder, step)), pinned_steps(folder))
+    stay.add(just_saved)
     for step in [step for step in whole if step not in stay]:
         path = step_folder(folder, step)
         doomed = folder / f".tmp-pruned-{path.name}"
@@ -71,9 +68,17 @@ def prune(folder: Path, retention: Retention, whole: Sequence[int], just_saved: 
 def read_metrics(path: Path) -> dict[str, float]:
     """The finite numbers that a checkpoint's state holds under "metrics"; none where it cannot be read."""
     try:
-        metrics = json.loads((path / STATE).read_bytes()).get("metrics", {})
+        return numbers_of((path / STATE).read_bytes())
+    except OSError:
+        return {}
+
+
+def numbers_of(state: bytes) -> dict[str, float]:
+    """The same of the content of a `state.json`."""
+    try:
+        metrics = json.loads(state).get("metrics", {})
         numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
-    except (OSError, ValueError, AttributeError):
+    except (ValueError, AttributeError):
         return {}
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
@@ -95,6 +100,10 @@ def is_pinned(folder: Path, step: int) -> bool:
     return _pin_file(folder, step).exists()
 
 
+def pinned_steps(folder: Path) -> set[int]:
+    return {step for step in find_steps(folder) if is_pinned(folder, step)}
+
+
 def find_step(folder: Path, step: int) -> Path:
     """Raises FileNotFoundError, naming the steps that are there."""
     found = find_steps(folder)
@@ -104,6 +113,13 @@ def find_step(folder: Path, step: int) -> Path:
     return found[step]
 
 
+def check_whole(folder: Path, step: int) -> None:
+    """Raises FileNotFoundError or ValueError where `step` is no whole checkpoint."""
+    path = find_step(folder, step)
+    if problems := Manifest.read(path).quick_problems(path):
+        raise ValueError(f"step {step} is not whole: {problems[0]}; choose another step")
+
+
 def rewind(folder: Path, step: int, also: Sequence[Path] = ()) -> Path | None:
     """Set all checkpoints after `step` aside, so that the run goes on from there; returns the folder they are in.
 
@@ -111,9 +127,7 @@ def rewind(folder: Path, step: int, also: Sequence[Path] = ()) -> Path | None:
     Killed in the middle, the newest are aside and a repetition does the rest. Raises FileNotFoundError or ValueError
     where `step` is no whole checkpoint.
     """
-    path = find_step(folder, step)
-    if problems := Manifest.read(path).quick_problems(path):
-        raise ValueError(f"step {step} is not whole: {problems[0]}; choose another step")
+    check_whole(folder, step)
     newer = {other: place for other, place in find_steps(folder).items() if other > step}
     if not newer:
         return None

@@ -2,14 +2,14 @@
 
 A checkpoint is whole or absent, whenever the run is killed. Any number of ranks in any layout loads it.
 
-    pieces.py   which rank writes what          shards.py      the files of tensors
-    commit.py   from a folder to a checkpoint   background.py  the same while training goes on
-    manifest.py what is in it, and checksums    retention.py   which ones stay
+    pieces.py    which rank writes what          shards.py      the files of tensors
+    commit.py    from a folder to a checkpoint   background.py  the same while training goes on
+    manifest.py  what is in it, and checksums    retention.py   which ones stay
+    listing.py   which ones there are            remote.py      copies of them elsewhere
 """
 
 import json
-import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,33 +17,21 @@ from torch import Tensor
 
 from checkpoints.background import Background, Report
 from checkpoints.collective import CheckpointError, Ranks
-from checkpoints.commit import Snapshot, find_steps, not_saved, write_checkpoint
+from checkpoints.commit import Snapshot, not_saved, shard_name, write_checkpoint
 from checkpoints.fit import check_state, check_tensors, misfits, tie_targets
-from checkpoints.manifest import MANIFEST, STATE, Manifest, Origin, Progress
+from checkpoints.listing import CheckpointInfo, Problems, list_checkpoints, newest_whole, verify_checkpoint
+from checkpoints.manifest import STATE, Manifest, Origin, Progress
 from checkpoints.pieces import Contents, Plan, local_part, make_plan, signature
-from checkpoints.retention import Retention, find_step, is_pinned, prune
+from checkpoints.remote import Remote
+from checkpoints.retention import Retention, find_step, pinned_steps, prune
 from checkpoints.shards import read_shards
 
 __all__ = ["CheckpointError", "CheckpointInfo", "CheckpointStore", "Report"]
 
-Problems = list[str]  # one line each
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    step: int
-    path: Path
-    bytes: int  # of all files but the manifest; 0 where there is no sound manifest
-    created: str  # UTC, ISO 8601; empty where there is no sound manifest
-    problem: str | None  # the first reason why it is not whole, None if it is; tensors are not read for this
-    lineage: tuple[Origin, ...] = ()  # what it was derived from, oldest first
-    pinned: bool = False
-
 
 class CheckpointStore:
     """The checkpoints of one run, in `folder` (`runs/<name>/checkpoints`); which of them stay: see `Retention`.
+    remote: URL below which each is copied once it is whole, such as s3://bucket/runs/name; `fetch` brings it back.
 
     `save`, `prepare`, `save_async`, `finish` and `load` are collective: every rank calls them; where one fails, all
     raise the same one-line error (CheckpointError, which is a ValueError, or FileNotFoundError). The rest only looks
@@ -59,8 +47,10 @@ class CheckpointStore:
         best: str | None = None,
         best_mode: Literal["min", "max"] = "min",
         keep_best: int = 1,
+        remote: str | None = None,
     ) -> None:
         self.folder = Path(folder)
+        self._remote = Remote(remote) if remote else None
         self.retention = Retention(keep, keep_every, best, best_mode, keep_best)
         self._ranks: Ranks | None = None
         self._background: Background | None = None
@@ -191,46 +181,27 @@ class CheckpointStore:
         state: dict[str, Any] = ranks.everywhere(lambda: json.loads((path / STATE).read_bytes()))
         return state
 
-    def newest_whole(self) -> int | None:
-        """Step of the newest checkpoint whose files are all there with the right sizes and whose state is sound.
+    def fetch(self) -> int | None:
+        """Step of the newest whole checkpoint of the remote, where that is newer than all here: it is brought here."""
+        if self._remote is None:
+            return None
+        newest = self._remote.newest_whole()
+        if newest is None or newest <= (self.newest_whole() or -1):
+            return None
+        self._remote.fetch(newest, self.folder)
+        return newest
 
-        Broken newer ones are named in a warning. `load(None, ...)` makes all ranks agree on what rank 0
-        finds.
-        """
-        for info in reversed(self.list()):
-            if info.problem is None:
-                return info.step
-            log.warning("skipping a broken checkpoint: %s", info.problem)
-        return None
+    def newest_whole(self) -> int | None:
+        """As `listing.newest_whole`. `load(None, ...)` makes all ranks agree on what rank 0 finds."""
+        return newest_whole(self.folder)
 
     def list(self) -> list[CheckpointInfo]:
-        """All checkpoints, whole or not, by ascending step. Looks at sizes and states; `verify` reads it all."""
-        infos = []
-        for step, path in sorted(find_steps(self.folder).items()):
-            pinned = is_pinned(self.folder, step)
-            try:
-                manifest = Manifest.read(path)
-                problem = next(iter(manifest.quick_problems(path)), None)
-            except (OSError, ValueError) as error:
-                infos.append(CheckpointInfo(step, path, 0, "", str(error), pinned=pinned))
-            else:
-                facts = manifest.num_bytes, manifest.created, problem, manifest.lineage, pinned
-                infos.append(CheckpointInfo(step, path, *facts))
-        return infos
+        """As `listing.list_checkpoints`."""
+        return list_checkpoints(self.folder)
 
     def verify(self, step: int, progress: Progress | None = None) -> Problems:
-        """Every problem of one checkpoint: changed bits, missing, truncated and foreign files. Reads it all.
-
-        `progress` is called with the number of bytes just read, of `CheckpointInfo.bytes` in all. Raises
-        FileNotFoundError where there is no such checkpoint.
-        """
-        path = find_step(self.folder, step)
-        try:
-            manifest = Manifest.read(path)
-        except (OSError, ValueError) as error:
-            return [str(error)]
-        wrong_step = [] if manifest.step == step else [f"{path / MANIFEST} is of step {manifest.step}"]
-        return wrong_step + manifest.size_problems(path) + manifest.content_problems(path, progress)
+        """As `listing.verify_checkpoint`."""
+        return verify_checkpoint(self.folder, step, progress)
 
     def _join(self) -> Ranks:
         if self._ranks is None:
@@ -286,7 +257,18 @@ class CheckpointStore:
         if ranks.rank == 0:
             whole = [info.step for info in self.list() if info.problem is None]
             prune(self.folder, self.retention, whole, just_saved=snapshot.step)
+        if self._remote is not None:
+            self._copy(self._remote, path, snapshot, ranks)
         return path
+
+    def _copy(self, remote: Remote, path: Path, snapshot: Snapshot, ranks: Ranks) -> None:
+        names = [shard_name(part, ranks.rank) for part, pieces in snapshot.plan.pieces.items() if pieces]
+        pinned = pinned_steps(self.folder)
+        try:
+            remote.push(path, names, ranks)
+            ranks.on_first(lambda: remote.prune(self.retention, pinned, just_saved=snapshot.step))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"step {snapshot.step} is saved in {self.folder}, but not copied: {error}") from error
 
     def _open(self, step_or_path: int | Path | None) -> Path:
         """The folder of a checkpoint whose manifest, sizes and state have been checked."""

@@ -138,6 +138,9 @@ class CheckpointConfig(Section):
     in_background: bool = Field(
         True, alias="async", description="Training goes on once the tensors are copied to host memory"
     )
+    remote: str = Field(
+        "", description="Also copy each checkpoint below this URL (s3://, gs://), and fetch newer ones from there"
+    )
     busy: Literal["wait", "skip"] = Field(
         "wait", description="A save that is due while another is being written: wait for that one, or skip it"
     )

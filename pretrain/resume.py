@@ -30,6 +30,8 @@ class Position:
 
 def check_resume(config: RunConfig, store: CheckpointStore) -> int | None:
     """Step of the checkpoint to continue from, or None for a new run, as `run.resume` allows."""
+    if (fetched := store.fetch()) is not None:
+        print(f"fetched the checkpoint of step {fetched} from {config.checkpoint.remote}", flush=True)
     found = store.newest_whole()
     if found is None and (broken := store.list()):
         raise ValueError(

@@ -173,6 +173,7 @@ def open_store(config: RunConfig) -> CheckpointStore:
         best=chosen.best or None,
         best_mode=chosen.best_mode,
         keep_best=chosen.keep_best,
+        remote=chosen.remote or None,
     )
 
 

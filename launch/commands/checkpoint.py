@@ -6,12 +6,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints.remote import Remote
+from checkpoints.retention import check_whole, read_metrics
 from checkpoints.retention import pin as pin_step
-from checkpoints.retention import read_metrics
 from checkpoints.retention import rewind as rewind_to
 from checkpoints.retention import unpin as unpin_step
 from checkpoints.store import CheckpointInfo, CheckpointStore
 from launch.progress import progress_bar
+from pretrain.config import load_run_config
 from pretrain.lock import RunLock
 
 CUT_BACK = ("metrics.jsonl", "ledger.bin")  # files of a run that lose their later lines when it goes on from before
@@ -71,6 +73,9 @@ def rewind(args: argparse.Namespace) -> None:
     lock = RunLock(run)
     lock.take()
     try:
+        check_whole(run / "checkpoints", args.step)
+        if (run / "config.toml").is_file() and (url := load_run_config(run).checkpoint.remote):
+            Remote(url).set_aside(after=args.step)
         aside = rewind_to(run / "checkpoints", args.step, also=[run / name for name in CUT_BACK])
     finally:
         lock.release()

@@ -160,6 +160,7 @@ def measure(folder: Path, megabytes: int, rounds: int) -> tuple[float, dict[str,
             dist.barrier()
             if rank == 0:
                 shutil.rmtree(folder / name)
+            dist.barrier()
         for name in rotated(loads, turn):
             drop_from_cache(folder)
             times.setdefault(f"load {name}", []).append(seconds(loads[name]))

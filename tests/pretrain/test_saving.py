@@ -12,7 +12,9 @@ import torch.distributed as dist
 from checkpoints import commit
 from checkpoints.collective import CheckpointError
 from checkpoints.manifest import Manifest
+from checkpoints.remote import Remote
 from checkpoints.store import CheckpointStore
+from launch.cli import main
 from parallel.world import World
 from pretrain.config import load_run_config, resolve
 from pretrain.train import train
@@ -111,3 +113,17 @@ def test_a_last_save_that_cannot_be_written_is_raised(tmp_path, tiny_shards, mon
     assert CheckpointStore(tmp_path / "run/checkpoints").newest_whole() == 3
     monkeypatch.undo()
     assert steps(run(tmp_path / "run", tiny_shards, *CHOSEN)) == [1, 2, 3, 4]
+
+
+def test_a_run_goes_on_from_the_copy_elsewhere(tmp_path, tiny_shards, capsys):
+    chosen = ("train.steps=4", f"checkpoint.remote=file://{tmp_path}/elsewhere")
+    whole = run(tmp_path / "whole", tiny_shards, "train.steps=4")
+    run(tmp_path / "lost", tiny_shards, *chosen, "train.stop_at=2")
+    moved = run(tmp_path / "moved", tiny_shards, *chosen)
+    assert f"fetched the checkpoint of step 2 from file://{tmp_path}/elsewhere" in capsys.readouterr().out
+    left, right = (Manifest.read(store.folder / "step-00000004") for store in (whole, moved))
+    assert left.files == right.files
+    assert main(["checkpoint", "rewind", str(tmp_path / "moved"), "3"]) == 2  # not there: nothing is set aside
+    assert main(["checkpoint", "rewind", str(tmp_path / "moved"), "2"]) == 0
+    assert Remote(f"file://{tmp_path}/elsewhere").newest_whole() == 2
+    assert steps(run(tmp_path / "moved", tiny_shards, *chosen, "train.stop_at=3")) == [2, 3]
