@@ -42,7 +42,7 @@ class Ranks:
 
     address, port: where rank 0 listens for the others; a restart takes the next port, as the old one may be in use
     still. run_dir, job: logs of the ranks go into its log folder of this job; run_dir None: to the console. echo: show
-    rank 0's log on the console.
+    rank 0's log on the console. local: number of the first one on its machine, of per_node (0: all are here).
     """
 
     command: list[str]
@@ -56,6 +56,8 @@ class Ranks:
     job: str | None = None
     restart: int = 0
     echo: bool = True
+    local: int = 0
+    per_node: int = 0
     asked: list[int] = field(default_factory=list)
     failure: Failure | None = None
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -67,7 +69,7 @@ class Ranks:
         shared = {
             **self.environment,
             "WORLD_SIZE": str(self.world),
-            "LOCAL_WORLD_SIZE": str(self.here),
+            "LOCAL_WORLD_SIZE": str(self.per_node or self.here),
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
             "PYTHONUNBUFFERED": "1",
@@ -80,10 +82,10 @@ class Ranks:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._processes = []
-        for local in range(self.here):
+        for index in range(self.here):
             if not self.asked:
-                own = {"RANK": str(self.first + local), "LOCAL_RANK": str(local)}
-                self._processes.append(self._popen(self.first + local, shared | own))
+                own = {"RANK": str(self.first + index), "LOCAL_RANK": str(self.local + index)}
+                self._processes.append(self._popen(self.first + index, shared | own))
         if self.folder is not None and self.first == 0 and self.echo:
             self._tail = Tail(rank_log(self.folder, 0))
 

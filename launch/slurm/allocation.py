@@ -1,0 +1,78 @@
+"""The nodes of the job that this process runs in, and steps on them. SLURM's commands, without a shell."""
+
+import os
+import subprocess
+from collections.abc import Sequence
+
+SECONDS = 20  # for an answer of SLURM's
+PROBE_SECONDS = 10  # for a node to run nothing at all
+
+
+def call(*command: str, seconds: float = SECONDS) -> str:
+    """What a command prints; empty where it fails or gives no answer in time."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def allocated() -> list[str]:
+    """The nodes that the job has now, in SLURM's order: one that was lost is no longer there."""
+    job = os.environ["SLURM_JOB_ID"]
+    now = call("squeue", "-h", "-j", job, "-o", "%N") or os.environ["SLURM_JOB_NODELIST"]
+    return call("scontrol", "show", "hostnames", now).split()
+
+
+def address(node: str) -> str:
+    """Where other nodes reach it."""
+    words = call("scontrol", "show", "node", node, "--oneliner").split()
+    return next((word.removeprefix("NodeAddr=") for word in words if word.startswith("NodeAddr=")), node)
+
+
+def answering(nodes: Sequence[str]) -> list[str]:
+    """Those of them that run a command now: SLURM itself may take minutes to see that a node is gone."""
+    options = ["--nodes=1", "--ntasks=1", "--overlap", "--mpi=none", "--input=none"]
+    probes = [
+        subprocess.Popen(
+            ["srun", *options, f"--nodelist={node}", "true"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for node in nodes
+    ]
+    found = []
+    for node, probe in zip(nodes, probes, strict=True):
+        try:
+            if probe.wait(PROBE_SECONDS) == 0:
+                found.append(node)
+        except subprocess.TimeoutExpired:
+            probe.kill()
+            probe.wait()
+    return found
+
+
+def signal_ranks(name: str) -> None:
+    """Send a signal to all steps; the batch script, where the supervisor is, gets none."""
+    call("scancel", f"--signal={name}", os.environ["SLURM_JOB_ID"])
+
+
+def end_steps() -> None:
+    """End all steps, also those that wait for a node that is gone."""
+    steps = call("squeue", "--steps", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%i").split()
+    numbered = [step for step in steps if step.rpartition(".")[2].isdecimal()]
+    if numbered:
+        call("scancel", *numbered)
+
+
+def state() -> dict[str, str]:
+    """The job's fields as SLURM shows them, such as JobState and PreemptTime."""
+    words = call("scontrol", "show", "job", "--oneliner", os.environ["SLURM_JOB_ID"]).split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def requeue() -> bool:
+    """Have SLURM end this job and queue it again; whether it takes that."""
+    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    return subprocess.run(command, timeout=SECONDS, check=False).returncode == 0

@@ -1,0 +1,275 @@
+"""The supervisor of a job: it starts the ranks on the job's nodes, and when they end early it starts them anew.
+
+    python -P -m launch.slurm.job RUN_DIR          (the batch script's last command)
+
+time limit near (SIGUSR1)       ranks save and leave, the job goes back into the queue
+preempted, cancelled (SIGTERM)  ranks save and leave; back into the queue only when it was preempted
+a rank, an agent, a node dies   start anew from the last checkpoint, on the nodes that are left where there are enough
+                                (spares first, then fewer replicas), else back into the queue
+a user's mistake (code 2)       end
+no checkpoint in two starts     end
+
+Each start is a line of attempts.jsonl. Imports no torch.
+"""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launch.ranks import Failure, Tail
+from launch.rundir import first_error, log_folder, rank_log, read_json
+from launch.slurm import allocation
+from launch.slurm.recipe import fewer_nodes, goal
+from pretrain.history import append_end, append_line, now, read_ends, read_lines, this_start
+
+LOOK_SECONDS = 0.2
+LINGER_SECONDS = 45.0  # for a step to end once one of its ranks has failed
+REQUEUE_SECONDS = 60.0  # for SLURM to end this process once it took the job back
+RESERVE = 0.15  # share of the grace period in which the job is queued again, saved or not
+MISTAKE, STALLED = 2, os.EX_TEMPFAIL  # exit codes of ranks
+TIME_LIMIT, CANCELLED = "time limit", "preempted or cancelled"
+
+
+class Supervisor:
+    """Of one job, from its start or requeue on."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.job: dict[str, Any] = read_json(run_dir / "job.json")
+        self.id = os.environ["SLURM_JOB_ID"]
+        self.requeues = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        self.asked: str | None = None  # to end, and why
+        self.since = 0.0
+        self.sick: set[str] = set()
+        self.folder = run_dir / "logs"
+
+    def main(self) -> int:
+        """Returns the exit code of the job: 0 finished or stopped as asked, 2 a user's mistake, 1 anything else."""
+        for number, why in ((signal.SIGUSR1, TIME_LIMIT), (signal.SIGTERM, CANCELLED), (signal.SIGINT, CANCELLED)):
+            signal.signal(number, self._asker(why))
+        self._close_lost_start()
+        failed = False
+        while True:
+            nodes = self._choose(failed)
+            if self.asked:
+                return self._leave()
+            if nodes is None:
+                return self._requeue(f"{len(self.sick)} nodes do not answer ({', '.join(sorted(self.sick))})")
+            code = self._train(nodes)
+            if self._finished():
+                return 0
+            if self.asked or code == 0:
+                return self._leave()
+            failure = self._failure()
+            self._record(failure, nodes)
+            if failure is not None and failure.code == MISTAKE:
+                return MISTAKE
+            if self._fruitless():
+                self.say("no new checkpoint in two starts in a row: not started again")
+                return 1
+            failed = True
+
+    def say(self, text: str) -> None:
+        print(f"pretrain: {text}", flush=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "supervisor.log").open("a") as log:
+            log.write(f"{now()} {text}\n")
+
+    # ---- which nodes ----
+
+    def _choose(self, failed: bool) -> list[str] | None:
+        """Nodes for the next start; None: too few are left."""
+        nodes, wanted = allocation.allocated(), self.job["nodes"]
+        if failed or self.job["spares"]:
+            well = [node for node in allocation.answering(nodes) if node not in self._unhealthy()]
+        else:
+            well = nodes
+        self.sick = set(nodes) - set(well)
+        if self.sick:
+            self.say(f"left out: {', '.join(sorted(self.sick))}")
+        if len(well) >= wanted:
+            return well[:wanted]
+        fewer = fewer_nodes(self.run_dir, len(well), self.job["ranks_per_node"])
+        if fewer:
+            self.say(f"{fewer} of {wanted} nodes: fewer replicas, the same global batch")
+        return well[:fewer] or None
+
+    def _unhealthy(self) -> set[str]:
+        """Nodes that the health check gives up, where there is one."""
+        if importlib.util.find_spec("launch.health") is None:
+            return set()
+        nodes = allocation.allocated()
+        found = read_json(self.run_dir / "health.json") or {}
+        return {node for node in nodes if node in found.get("unhealthy", ())}
+
+    # ---- one start ----
+
+    def _train(self, nodes: list[str]) -> int:
+        """One step over these nodes to its end; returns srun's exit code."""
+        attempts = read_lines(self.run_dir / "attempts.jsonl")
+        own = [line["restart"] for line in attempts if line.get("job") == self.id]
+        restart = max([self.requeues, *(number + 1 for number in own)])
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restart - self.requeues)
+        self.folder = log_folder(self.run_dir, self.id, restart)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = {"time": now(), "job": self.id, "restart": restart, "step": self._newest(), "nodes": nodes}
+        append_line(self.run_dir / "attempts.jsonl", line)
+        self.say(f"start {restart} from step {line['step']} on {', '.join(nodes)}")
+        # Below the range of ports that the system gives away; another one for each start.
+        port = 20000 + 2 * ((int(self.id) * 13 + restart) % 6000)
+        environment = {**os.environ, "MASTER_ADDR": allocation.address(nodes[0]), "MASTER_PORT": str(port)}
+        with (self.folder / "srun.log").open("ab") as log:
+            step = subprocess.Popen(self._srun(nodes), stdin=subprocess.DEVNULL, stderr=log, env=environment)
+            tail = Tail(rank_log(self.folder, 0))
+            try:
+                return self._watch(step)
+            finally:
+                tail.close()
+
+    def _srun(self, nodes: Sequence[str]) -> list[str]:
+        per_node = self.job["ranks_per_node"] if self.job["launcher"] == "srun" else 1
+        output = str(self.folder).replace("%", "%%") + "/agent-%N.log"
+        cpus = os.environ.get("SLURM_CPUS_PER_TASK")
+        return [
+            "srun",
+            f"--nodes={len(nodes)}",
+            f"--ntasks={len(nodes) * per_node}",
+            f"--ntasks-per-node={per_node}",
+            f"--nodelist={','.join(nodes)}",
+            *([f"--cpus-per-task={cpus}"] if cpus else []),
+            *("--overlap", "--kill-on-bad-exit=1", "--mpi=none", "--open-mode=append"),
+            f"--output={output}",
+            f"--error={output}",
+            *self.job.get("srun_options", ()),
+            *self.job.get("rank_python", (sys.executable,)),
+            *("-P", "-m", "launch.agent", str(self.run_dir)),
+        ]
+
+    def _watch(self, step: subprocess.Popen[bytes]) -> int:
+        passed, failed_at = False, None
+        while step.poll() is None:
+            if self.asked and not passed:
+                passed = True
+                self.say(f"{self.asked}: asking the ranks to save and leave")
+                allocation.signal_ranks("TERM")
+            if failed_at is None and self._failure() is not None:
+                failed_at = time.monotonic()
+            late = failed_at is not None and time.monotonic() - failed_at > LINGER_SECONDS
+            if late or (self.asked == TIME_LIMIT and self._left() < 0):
+                self.say("the step does not end: it is ended")
+                allocation.end_steps()
+                try:
+                    step.wait(LINGER_SECONDS if late else 1.0)
+                except subprocess.TimeoutExpired:
+                    step.kill()
+            time.sleep(LOOK_SECONDS)
+        return step.returncode
+
+    def _asker(self, why: str) -> Any:
+        def ask(_number: int, _frame: FrameType | None) -> None:
+            if self.asked is None:
+                self.asked, self.since = why, time.monotonic()
+
+        return ask
+
+    def _left(self) -> float:
+        """Seconds of the grace period until the job has to be queued again."""
+        return self.since + (1 - RESERVE) * float(self.job["grace_s"]) - time.monotonic()
+
+    # ---- how it ended ----
+
+    def _finished(self) -> bool:
+        return self._newest() >= goal(self.run_dir)
+
+    def _newest(self) -> int:
+        """Step of the newest whole checkpoint, 0 without one."""
+        found = (self.run_dir / "checkpoints").glob("step-*/manifest.json")
+        return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+
+    def _failure(self) -> Failure | None:
+        """The rank that failed first: one that a signal killed before those that lost it."""
+        found = [Failure(**value) for path in self.folder.glob("failed-*.json") if (value := read_json(path))]
+        return min(found, key=lambda failure: (failure.code > 0, -failure.code), default=None)
+
+    def _record(self, failure: Failure | None, nodes: list[str]) -> None:
+        """Add how a start ended, where its ranks could not, and show the first error of any rank."""
+        said = first_error(self.folder)
+        lost = sorted(set(nodes) - set(allocation.answering(nodes)))
+        rank, host = (failure.rank, failure.host) if failure else (None, None)
+        if lost:
+            reason, detail, host = "node lost", f"{', '.join(lost)} gone", lost[0]
+        elif failure is None:
+            reason, detail = "rank lost", self._last_words() or "srun failed"
+        elif failure.code < 0:
+            reason, detail = "rank lost", str(failure)
+        else:
+            reason, detail = "error", said.line if said else str(failure)
+            rank = said.rank if said else rank
+        if not (failure and failure.code == STALLED) and not (reason == "error" and self._told()):
+            append_end(self.run_dir, reason, detail=detail, rank=rank, step=self._newest(), host=host)
+        path = said.path if said else self.folder
+        where = "" if rank is None else f" of rank {rank}"
+        self.say(f"{reason}{where}{f' on {host}' if host else ''}: {detail}; logs: {path}")
+
+    def _told(self) -> bool:
+        start = this_start()
+        ends = read_ends(self.run_dir)
+        return any(end["job"] == start["job"] and end["restart"] == start["restart"] for end in ends)
+
+    def _last_words(self) -> str:
+        path = self.folder / "srun.log"
+        lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+        return lines[-1] if lines else ""
+
+    def _fruitless(self) -> bool:
+        """Whether the last two starts have left no checkpoint."""
+        steps = [line["step"] for line in read_lines(self.run_dir / "attempts.jsonl")[-2:]]
+        return steps == [self._newest()] * 2
+
+    def _leave(self) -> int:
+        """The ranks have saved and left, as they were asked."""
+        why = self.asked or CANCELLED
+        append_end(self.run_dir, why, step=self._newest())
+        if why == TIME_LIMIT:
+            if self._fruitless():
+                self.say("no new checkpoint in two starts in a row: not queued again")
+                return 1
+            return self._requeue(why)
+        fields = allocation.state()
+        if fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"):
+            return self._requeue("preempted")
+        self.say(f"stopped at step {self._newest()}")
+        return 0
+
+    def _requeue(self, why: str) -> int:
+        """Give the job back to the queue, if it may: SLURM ends this process then."""
+        if self.requeues >= self.job["max_requeues"]:
+            self.say(f"{why}; not queued again: {self.requeues} of {self.job['max_requeues']} times are used")
+            return 0 if self.asked else 1
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.say(f"{why}: back into the queue ({self.requeues + 1} of {self.job['max_requeues']} times)")
+        if not allocation.requeue():
+            return 1
+        time.sleep(REQUEUE_SECONDS)
+        return 0
+
+    def _close_lost_start(self) -> None:
+        """SLURM started the job anew by itself: its last start has no end yet."""
+        attempts = [line for line in read_lines(self.run_dir / "attempts.jsonl") if line.get("job") == self.id]
+        if not self.requeues or not attempts:
+            return
+        job, restart = self.id, attempts[-1]["restart"]
+        if not any((end["job"], end["restart"]) == (job, restart) for end in read_ends(self.run_dir)):
+            detail = "SLURM ended the job and started it anew"
+            append_end(self.run_dir, "node lost", detail=detail, restart=restart, step=self._newest(), host=None)
+
+
+if __name__ == "__main__":
+    sys.exit(Supervisor(Path(sys.argv[1])).main())
