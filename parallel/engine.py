@@ -144,6 +144,22 @@ ENGINES = {
         tested=("0.16.1", "0.17"),
         extra="megatron",
     ),
+    "deepspeed": Support(
+        "parallel.engines.deepspeed:DeepSpeedEngine",
+        only={
+            "optim.name": ("adamw",),
+            "optim.ema": (0.0,),
+            "train.precision": ("fp32", "bf16"),
+            "parallel.pp": (1,),
+            "parallel.cp": (1,),
+            "parallel.tp": (1,),
+            "parallel.ep": (1,),
+            "parallel.cpu_offload": (False,),
+        },
+        package="deepspeed",
+        tested=("0.19.8", "0.20"),
+        extra="deepspeed",
+    ),
 }
 
 
