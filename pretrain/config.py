@@ -14,6 +14,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from parallel.engine import ENGINES, Precision, check_engine
+from parallel.engines.deepspeed_options import DeepSpeedOptions
 from parallel.mesh import ParallelConfig
 from parallel.remat import Recompute
 from pretrain.heartbeat import WatchdogConfig
@@ -196,6 +197,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    deepspeed: DeepSpeedOptions = DeepSpeedOptions()
 
     @model_validator(mode="before")
     @classmethod

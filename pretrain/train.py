@@ -309,6 +309,7 @@ def build_engine(config: RunConfig, world: World, objective: Any, compiling: boo
         frozen=config.optim.freeze,
         ema=config.optim.ema,
         across=getattr(objective, "across", None),
+        options=config.deepspeed.model_dump() if config.engine == "deepspeed" else {},
     )
     try:
         return make_engine(config.engine, spec, world)
