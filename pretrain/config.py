@@ -212,6 +212,8 @@ class RunConfig(Section):
     def _consistent(self) -> "RunConfig":
         sections = {name: section for name, section in self if isinstance(section, BaseModel)}
         check_engine(self.engine, {f"{name}.{key}": v for name, section in sections.items() for key, v in section})
+        if self.engine == "megatron":
+            FAMILIES[self.model.family].megatron(self.model)  # type: ignore[misc]  # the table says which have it
         self.model.check_length(self.data.seq_len)
         self.model.check_patches(self.data.patches, self.parallel.tp)
         both = getattr(self.objective, "image_attention", "causal") == "both" and self.data.patches

@@ -288,6 +288,7 @@ def check_step(values: HostCopy, step: int, store: CheckpointStore) -> dict[str,
 def build_engine(config: RunConfig, world: World, objective: Any, compiling: bool = False) -> Engine:
     """The engine of the recipe around the recipe's model."""
     family = FAMILIES[config.model.family]
+    options = {"facts": family.megatron(config.model)} if config.engine == "megatron" and family.megatron else {}
     spec = EngineSpec(
         build=lambda: family.build(config.model),
         plan=family.plan(config.model),

@@ -3,6 +3,7 @@
 from pretrain.models.decoder.config import DecoderConfig
 from pretrain.models.decoder.experts import feed_forward
 from pretrain.models.decoder.hf import BRANDS as DECODER_BRANDS
+from pretrain.models.decoder.megatron import facts as decoder_megatron
 from pretrain.models.decoder.model import Decoder
 from pretrain.models.decoder.plan import plan as decoder_plan
 from pretrain.models.dual.config import DualConfig
@@ -21,7 +22,12 @@ from pretrain.models.vlm.plan import plan as vlm_plan
 
 FAMILIES: dict[str, Family] = {
     "decoder": Family(
-        config=DecoderConfig, build=Decoder, plan=decoder_plan, hf=DECODER_BRANDS, feed_forward=feed_forward
+        config=DecoderConfig,
+        build=Decoder,
+        plan=decoder_plan,
+        hf=DECODER_BRANDS,
+        feed_forward=feed_forward,
+        megatron=decoder_megatron,
     ),
     "dual": Family(config=DualConfig, build=Dual, plan=dual_plan, hf=DUAL_BRANDS),
     "vit": Family(config=ViTConfig, build=ViT, plan=vit_plan, hf=VIT_BRANDS),

@@ -67,6 +67,7 @@ class Family:
     plan: config -> sharding plan.
     hf: brand name (Hugging Face `model_type`) -> conversion table.
     feed_forward: config -> names of its sparse layers, which surgery makes and cuts; None: the family has none.
+    megatron: config -> what Megatron-Core builds of it (ValueError for what it cannot); None: nothing.
     """
 
     config: type[Any]
@@ -74,3 +75,4 @@ class Family:
     plan: Callable[[Any], Any]
     hf: dict[str, Any]
     feed_forward: Callable[[Any], tuple[FeedForward, ...]] | None = None
+    megatron: Callable[[Any], Any] | None = None

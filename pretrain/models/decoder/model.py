@@ -152,26 +152,10 @@ class Decoder(nn.Module):
 
     def run(self, x: Tensor, mask: AttentionMask, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Blocks and final norm, as far as this stage has them."""
-        masks, rotations = self._by_kind(mask, positions)
+        masks, rotations = by_kind(self.cfg, mask, positions)
         for block in cast(Iterable[Block], self.layers.values()):
             x = block(x, masks[block.kind], rotations[block.kind], cache)
         return x if self.norm is None else self.norm(x)
-
-    def _by_kind(
-        self, mask: AttentionMask, positions: Tensor
-    ) -> tuple[dict[str, AttentionMask], dict[str, Rotation | None]]:
-        """The mask and the rotation of each kind of layer, made once and shared by its layers."""
-        cfg = self.cfg
-        masks = {"full": mask, "nope": mask}
-        rotations: dict[str, Rotation | None] = {"full": None, "nope": None, "sliding": None}
-        if cfg.positions == "rope":
-            rotations["full"] = cos_sin(cfg.rope, positions, cfg.rotary_dim)
-            rotations["sliding"] = rotations["full"]
-        if cfg.window:
-            masks["sliding"] = mask.with_window(cfg.window)
-            if cfg.rope_local is not None:
-                rotations["sliding"] = cos_sin(cfg.rope_local, positions, cfg.rotary_dim)
-        return masks, rotations
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., E] -> logits [..., V], soft cap included."""
@@ -195,3 +179,19 @@ class Decoder(nn.Module):
             residual = name.removesuffix(".weight").endswith(RESIDUAL)
             std = self.cfg.init_std / math.sqrt(2 * self.cfg.layers) if residual else self.cfg.init_std
             tensor.normal_(0.0, std, generator=generator)
+
+
+def by_kind(
+    cfg: DecoderConfig, mask: AttentionMask, positions: Tensor
+) -> tuple[dict[str, AttentionMask], dict[str, Rotation | None]]:
+    """The mask and the rotation of each kind of layer, made once and shared by its layers."""
+    masks = {"full": mask, "nope": mask}
+    rotations: dict[str, Rotation | None] = {"full": None, "nope": None, "sliding": None}
+    if cfg.positions == "rope":
+        rotations["full"] = cos_sin(cfg.rope, positions, cfg.rotary_dim)
+        rotations["sliding"] = rotations["full"]
+    if cfg.window:
+        masks["sliding"] = mask.with_window(cfg.window)
+        if cfg.rope_local is not None:
+            rotations["sliding"] = cos_sin(cfg.rope_local, positions, cfg.rotary_dim)
+    return masks, rotations
