@@ -289,6 +289,8 @@ def build_engine(config: RunConfig, world: World, objective: Any, compiling: boo
     """The engine of the recipe around the recipe's model."""
     family = FAMILIES[config.model.family]
     options = {"facts": family.megatron(config.model)} if config.engine == "megatron" and family.megatron else {}
+    if config.engine == "deepspeed":
+        options = config.deepspeed.model_dump()
     spec = EngineSpec(
         build=lambda: family.build(config.model),
         plan=family.plan(config.model),
@@ -310,7 +312,7 @@ def build_engine(config: RunConfig, world: World, objective: Any, compiling: boo
         frozen=config.optim.freeze,
         ema=config.optim.ema,
         across=getattr(objective, "across", None),
-        options=config.deepspeed.model_dump() if config.engine == "deepspeed" else {},
+        options=options,
     )
     try:
         return make_engine(config.engine, spec, world)
