@@ -16,7 +16,7 @@ from tests.small import small_overrides
 
 ROOT = Path(__file__).parent.parent.parent
 STALL = 6
-SLOW = ["train.global_batch=6", "train.steps=25", "log.every=4"]
+SLOW = ["train.global_batch=6", "train.steps=13", "log.every=4"]
 
 
 class Started:
@@ -119,7 +119,7 @@ def test_names_the_shard_or_the_save_that_hangs(tmp_path, own_shards, fault, pha
 def test_a_slow_rank_is_logged(tmp_path, tiny_shards):
     """By the time that it does not wait for others; the steps of all take equally long."""
     with Started(
-        tmp_path, tiny_shards, 3, "slow_forward", 2, "train.global_batch=6", "train.steps=25", "log.every=4"
+        tmp_path, tiny_shards, 3, "slow_forward", 2, "train.global_batch=6", "train.steps=13", "log.every=4"
     ) as run:
         assert run.wait([0, 1, 2]) == [0, 0, 0], run.said(0)
     rows = read_lines(run.run_dir / "stragglers.jsonl")
