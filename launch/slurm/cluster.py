@@ -79,6 +79,9 @@ class ClusterConfig(Section):
         "agent", description="agent: one task a node, that starts and watches its ranks; srun: one task a rank"
     )
     grace: int = Field(120, ge=5, description="Seconds before the time limit at which the run saves and leaves")
+    health: Literal["off", "warn", "exclude", "fail"] = Field(
+        "warn", description="Check of the nodes before each start, and what becomes of sick ones"
+    )
     venv: PlainPath = Field("", description="Virtual environment of the jobs; empty: the one that submits")
     python: PlainPath = Field("", description="Python of the jobs, instead of a virtual environment's")
     modules: tuple[Module, ...] = Field((), description="Environment modules to load")

@@ -12,7 +12,6 @@ no checkpoint in two starts     end
 Each start is a line of attempts.jsonl. Imports no torch.
 """
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -31,6 +30,7 @@ from pretrain.history import append_end, append_line, now, read_ends, read_lines
 
 LOOK_SECONDS = 0.2
 LINGER_SECONDS = 45.0  # for a step to end once one of its ranks has failed
+HEALTH_SECONDS = 60.0  # twice what the check allows itself
 REQUEUE_SECONDS = 60.0  # for SLURM to end this process once it took the job back
 RESERVE = 0.15  # share of the grace period in which the job is queued again, saved or not
 MISTAKE, STALLED = 2, os.EX_TEMPFAIL  # exit codes of ranks
@@ -61,7 +61,9 @@ class Supervisor:
             if self.asked:
                 return self._leave()
             if nodes is None:
-                return self._requeue(f"{len(self.sick)} nodes do not answer ({', '.join(sorted(self.sick))})")
+                sick = ", ".join(sorted(self.sick))
+                append_end(self.run_dir, "unhealthy", detail=f"too few nodes without {sick}", step=self._newest())
+                return self._requeue(f"too few nodes are left without {sick}")
             code = self._train(nodes)
             if self._finished():
                 return 0
@@ -87,10 +89,9 @@ class Supervisor:
     def _choose(self, failed: bool) -> list[str] | None:
         """Nodes for the next start; None: too few are left."""
         nodes, wanted = allocation.allocated(), self.job["nodes"]
-        if failed or self.job["spares"]:
-            well = [node for node in allocation.answering(nodes) if node not in self._unhealthy()]
-        else:
-            well = nodes
+        well = allocation.answering(nodes) if failed or self.job["spares"] else nodes
+        unfit = self._unfit(well) if well and not self.asked else set()
+        well = [node for node in well if node not in unfit]
         self.sick = set(nodes) - set(well)
         if self.sick:
             self.say(f"left out: {', '.join(sorted(self.sick))}")
@@ -101,13 +102,28 @@ class Supervisor:
             self.say(f"{fewer} of {wanted} nodes: fewer replicas, the same global batch")
         return well[:fewer] or None
 
-    def _unhealthy(self) -> set[str]:
-        """Nodes that the health check gives up, where there is one."""
-        if importlib.util.find_spec("launch.health") is None:
+    def _unfit(self, nodes: list[str]) -> set[str]:
+        """Nodes that the health check wants left out."""
+        policy = self.job.get("health", "off")
+        if policy == "off":
             return set()
-        nodes = allocation.allocated()
-        found = read_json(self.run_dir / "health.json") or {}
-        return {node for node in nodes if node in found.get("unhealthy", ())}
+        health = self.run_dir / "health.json"
+        health.unlink(missing_ok=True)
+        command = self._srun(nodes, self.job["ranks_per_node"], self.run_dir / "logs" / f"health-{self.id}.log")
+        command += ["-P", "-m", "launch.health", str(self.run_dir), "--policy", policy]
+        step = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=self._meeting_point(nodes, self.requeues))
+        try:
+            code = step.wait(HEALTH_SECONDS)
+        except subprocess.TimeoutExpired:
+            allocation.end_steps()
+            step.kill()
+            code = step.wait()
+        found = read_json(health) or {}
+        for each in found.get("findings", ()):
+            self.say(f"health: {each['text']}")
+        if code and policy != "warn":
+            self.say(f"health: the check failed with exit code {code}")
+        return set(nodes) if code and policy == "fail" else set(found.get("exclude", ()))
 
     # ---- one start ----
 
@@ -122,20 +138,26 @@ class Supervisor:
         line = {"time": now(), "job": self.id, "restart": restart, "step": self._newest(), "nodes": nodes}
         append_line(self.run_dir / "attempts.jsonl", line)
         self.say(f"start {restart} from step {line['step']} on {', '.join(nodes)}")
-        # Below the range of ports that the system gives away; another one for each start.
-        port = 20000 + 2 * ((int(self.id) * 13 + restart) % 6000)
-        environment = {**os.environ, "MASTER_ADDR": allocation.address(nodes[0]), "MASTER_PORT": str(port)}
+        per_node = self.job["ranks_per_node"] if self.job["launcher"] == "srun" else 1
+        command = self._srun(nodes, per_node, self.folder / "agent-%N.log")
+        command += ["-P", "-m", "launch.agent", str(self.run_dir)]
+        environment = self._meeting_point(nodes, restart)
         with (self.folder / "srun.log").open("ab") as log:
-            step = subprocess.Popen(self._srun(nodes), stdin=subprocess.DEVNULL, stderr=log, env=environment)
+            step = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, env=environment)
             tail = Tail(rank_log(self.folder, 0))
             try:
                 return self._watch(step)
             finally:
                 tail.close()
 
-    def _srun(self, nodes: Sequence[str]) -> list[str]:
-        per_node = self.job["ranks_per_node"] if self.job["launcher"] == "srun" else 1
-        output = str(self.folder).replace("%", "%%") + "/agent-%N.log"
+    def _meeting_point(self, nodes: Sequence[str], restart: int) -> dict[str, str]:
+        # Below the range of ports that the system gives away; another one for each start.
+        port = 20000 + 2 * ((int(self.id) * 13 + restart) % 6000)
+        return {**os.environ, "MASTER_ADDR": allocation.address(nodes[0]), "MASTER_PORT": str(port)}
+
+    def _srun(self, nodes: Sequence[str], per_node: int, log: Path) -> list[str]:
+        """The command that runs Python on these nodes, without Python's arguments."""
+        output = str(log.parent).replace("%", "%%") + f"/{log.name}"
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")
         return [
             "srun",
@@ -147,9 +169,8 @@ class Supervisor:
             *("--overlap", "--kill-on-bad-exit=1", "--mpi=none", "--open-mode=append"),
             f"--output={output}",
             f"--error={output}",
-            *self.job.get("srun_options", ()),
-            *self.job.get("rank_python", (sys.executable,)),
-            *("-P", "-m", "launch.agent", str(self.run_dir)),
+            *self.job["srun_options"],
+            *self.job["rank_python"],
         ]
 
     def _watch(self, step: subprocess.Popen[bytes]) -> int:
@@ -253,7 +274,7 @@ class Supervisor:
         if self.requeues >= self.job["max_requeues"]:
             self.say(f"{why}; not queued again: {self.requeues} of {self.job['max_requeues']} times are used")
             return 0 if self.asked else 1
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.say(f"{why}: back into the queue ({self.requeues + 1} of {self.job['max_requeues']} times)")
         if not allocation.requeue():
             return 1

@@ -77,6 +77,7 @@ def describe_job(plan: JobPlan, submitted: str, command: list[str], job_ids: lis
         "time_limit_s": plan.time_limit,
         "grace_s": cluster.grace,
         "max_requeues": plan.max_requeues,
+        "health": cluster.health,
         "chain": plan.chain,
         "container": cluster.container.model_dump(mode="json"),
         "srun_options": srun_options(plan),

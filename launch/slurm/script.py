@@ -49,7 +49,9 @@ def options(plan: JobPlan) -> list[tuple[str, str]]:
         ("chdir", str(plan.folder)),
         ("export", ",".join(plan.environment)),
     ]
-    return [(option, value) for option, value in found if value] + [*tasks(plan), ("requeue", "")]
+    # A node that is lost takes the job with it, unless there are others: the supervisor goes on with those.
+    spare = [("no-kill", "")] if plan.spares else []
+    return [(option, value) for option, value in found if value] + [*tasks(plan), *spare, ("requeue", "")]
 
 
 def tasks(plan: JobPlan) -> list[tuple[str, str]]:

@@ -90,9 +90,19 @@ def start_job(
     launcher: str = "agent",
     time: str = "10",
     grace: int = 20,
+    health: str = "off",
 ) -> TrainingJob:
     """Submit recipe `tiny`, small. The caller's environment has OMP_NUM_THREADS and GLOO_SOCKET_IFNAME."""
-    site = ClusterConfig(ranks_per_node=ranks, cpus_per_rank=1, launcher=launcher, time=time, grace=grace)
+    site = ClusterConfig.model_validate(
+        {
+            "ranks_per_node": ranks,
+            "cpus_per_rank": 1,
+            "launcher": launcher,
+            "time": time,
+            "grace": grace,
+            "health": health,
+        }
+    )
     order = Order(
         recipe="tiny",
         overrides=[*small_overrides(run_dir, shards), "train.micro_batch=2", "log.every=1", *overrides],
@@ -110,5 +120,3 @@ def weights(run_dir: Path) -> dict[str, bytes]:
     newest = CheckpointStore(run_dir / "checkpoints").newest_whole()
     folder = run_dir / f"checkpoints/step-{newest:08d}/model"
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
-
-
