@@ -31,6 +31,7 @@ __all__ = [
     "append_start",
     "first_error",
     "heartbeat_file",
+    "last_written",
     "log_folder",
     "log_folders",
     "lost_contact",
@@ -95,7 +96,7 @@ def log_folders(run_dir: Path, job: str | None = None) -> list[Path]:
     found = [folder for folder in (run_dir / "logs").glob("*.*") if folder.is_dir()]
     if job is not None:
         found = [folder for folder in found if job in (folder.name, folder.name.rpartition(".")[0])]
-    return sorted(found, key=lambda folder: (_newest(folder), folder.name))
+    return sorted(found, key=lambda folder: (last_written(folder), folder.name))
 
 
 def rank_log(folder: Path, rank: int) -> Path:
@@ -165,5 +166,6 @@ def _end_of(path: Path) -> str:
         return file.read().decode(errors="replace")
 
 
-def _newest(folder: Path) -> float:
+def last_written(folder: Path) -> float:
+    """When something in a folder was last written to, seconds since 1970."""
     return max(path.stat().st_mtime for path in [folder, *folder.iterdir()])

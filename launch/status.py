@@ -17,7 +17,7 @@ from launch.readings import (
     read_target,
     silence,
 )
-from launch.rundir import first_error, log_folders, read_json
+from launch.rundir import first_error, last_written, log_folders, lost_contact, read_json
 from launch.slurm.jobs import Job, find_jobs
 from launch.starts import DONE, STOPPED, Start, read_story
 
@@ -185,22 +185,30 @@ def _over(run_dir: Path, last: Start | None, job: Job | None) -> tuple[str, str]
         if job is not None or job_ids(run_dir):
             return "failed" if job is not None else "lost", how or "its job left no start of training"
         return "new", "not started yet"
+    said = last_error(run_dir, last)
+    if last.reason == "error" and lost_contact(str(last.detail)) and said:
+        return "failed", said
     if last.reason is not None:
         state = "finished" if last.reason == "finished" else "stopped" if last.reason in STOPPED else "failed"
         return state, "" if state == "finished" else _words(last)
     if last.time is None:
         return "stopped", "how it ended is not recorded"
-    said = last_error(run_dir, last)
     return "lost", "; ".join(word for word in ("killed hard: no end is recorded", how, said) if word)
 
 
 def last_error(run_dir: Path, last: Start | None) -> str:
-    """The first error of any rank in the logs of the last start, in one line; empty for none."""
+    """What the first rank that failed in the last start died of, from the logs, in one line; empty where they do not
+    tell.
+    """
     folders = log_folders(run_dir)
-    found = first_error(folders[-1]) if folders else None
-    if found is None or (last is not None and last.time and found.path.stat().st_mtime < last.time):
+    if not folders or (last is not None and last.time and last_written(folders[-1]) < last.time):
         return ""
-    return f"rank {found.rank}: {found.line}"
+    killed = [record for path in folders[-1].glob("failed-*.json") if (record := read_json(path))]
+    killed = [record for record in killed if record["code"] < 0]
+    if killed:
+        return f"rank {killed[0]['rank']} on {killed[0]['host']} died (signal {-killed[0]['code']})"
+    found = first_error(folders[-1])
+    return "" if found is None else f"rank {found.rank}: {found.line}"
 
 
 def _words(start: Start) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.rundir import first_error, log_folders, rank_log
+from launch.rundir import first_error, log_folders, lost_contact, rank_log
 from launch.slurm.jobs import find_jobs
 from launch.starts import STOPPED
 from launch.status import RunStatus, is_run, read_all
@@ -75,7 +75,7 @@ def _died(status: RunStatus, folder: Path) -> Iterator[str]:
     if last is not None and last.reason in STOPPED:
         return
     found = first_error(folder)
-    if found is not None:
+    if found is not None and not lost_contact(found.line):
         yield f"first error: rank {found.rank}: {found.line}"
         yield f"  in {found.path}"
     elif status.why:
