@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, TemplateError
 
 from launch.slurm.cluster import ClusterConfig
 from launch.slurm.plan import JobPlan
@@ -17,15 +17,19 @@ def render(plan: JobPlan, template: Path = TEMPLATE) -> str:
     """The script that `sbatch` takes."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # bash, not HTML
     environment.filters["quote"] = shlex.quote
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
-        directives=[directive(option, value) for option, value in options(plan)],
-        script=str(plan.run_dir / "job.sh"),
-        run_dir=str(plan.run_dir),
-        array=plan.indices is not None,
-        modules=plan.cluster.modules,
-        venv=plan.cluster.venv,
-        python=plan.python,
-    )
+    text = template.read_text(encoding="utf-8")
+    paths = {"run_dir": str(plan.run_dir), "venv": plan.cluster.venv, "python": plan.python}
+    try:
+        return environment.from_string(text).render(
+            **paths,
+            directives=[directive(option, value) for option, value in options(plan)],
+            script=str(plan.run_dir / "job.sh"),
+            array=plan.indices is not None,
+            modules=plan.cluster.modules,
+            expandable=any(letter in path for path in paths.values() for letter in "$`"),
+        )
+    except TemplateError as error:
+        raise ValueError(f"{template}: {error}") from None
 
 
 def options(plan: JobPlan) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launch.rundir import read_json, write_json
 from launch.slurm.checks import check_alone, check_partition, check_run, check_shared, find_data
-from launch.slurm.cluster import ClusterConfig, forwarded, plain_path
+from launch.slurm.cluster import NAME, ClusterConfig, forwarded, plain_path
 from launch.slurm.plan import JobPlan, describe_job
 from launch.slurm.queue import NoAnswer, call, find_partition, max_array_size, parse_time
 from launch.slurm.script import TEMPLATE, render
@@ -62,9 +62,13 @@ def prepare(order: Order) -> Job:
         ("--nodes", order.nodes, 1),
         ("--spares", order.spares, 0),
         ("--chain", order.chain, 1),
+        ("--at-once", order.at_once, 0),
+        ("--max-requeues", order.max_requeues or 0, 0),
     ):
         if value < least:
             raise ValueError(f"{option} {value}: must be at least {least}")
+    if order.name and not NAME.fullmatch(order.name):
+        raise ValueError(f"--name {order.name!r}: letters, digits and _.@+- are allowed")
     config, _ = resolve(order.recipe, order.overrides)
     run_dir = plain_path(Path(config.run.dir).absolute())
     cluster, ranks = _per_node(order.cluster)
