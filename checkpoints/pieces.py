@@ -61,10 +61,14 @@ def make_plan(contents: Contents, ranks: Ranks) -> Plan:
 def signature(contents: Contents) -> Any:
     """Equal for contents that have the same plan."""
     return tuple(
-        (part, name, tensor.dtype, tensor.shape, tensor.placements if isinstance(tensor, DTensor) else None)
+        (part, name, tensor.dtype, tensor.shape, _layout(tensor))
         for part in PARTS
         for name, tensor in contents[part].items()
     )
+
+
+def _layout(tensor: Tensor) -> Any:
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from checkpoints.manifest import Manifest
+from checkpoints.retention import find_step
 from checkpoints.state import set_rng_state
 from checkpoints.store import CheckpointStore
 from parallel.engine import Engine
@@ -57,8 +58,7 @@ def resume(store: CheckpointStore, step: int, engine: Engine, world: World, afre
     trained now), starts a fresh optimizer.
     """
     state = engine.state_dict()
-    path = store.folder / f"step-{step:08d}"
-    saved = Manifest.read(path).tensors["optimizer"]
+    saved = Manifest.read(find_step(store.folder, step)).tensors["optimizer"]
     averages = {name: tensor for name, tensor in state["optimizer"].items() if name.startswith("ema.")}
     begins = {name for name in averages if name not in saved}
     wanted = {name: tensor for name, tensor in state["optimizer"].items() if name not in begins}

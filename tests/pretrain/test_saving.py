@@ -127,3 +127,10 @@ def test_a_run_goes_on_from_the_copy_elsewhere(tmp_path, tiny_shards, capsys):
     assert main(["checkpoint", "rewind", str(tmp_path / "moved"), "2"]) == 0
     assert Remote(f"file://{tmp_path}/elsewhere").newest_whole() == 2
     assert steps(run(tmp_path / "moved", tiny_shards, *chosen, "train.stop_at=3")) == [2, 3]
+
+
+def test_a_run_killed_while_it_replaced_a_checkpoint_goes_on_from_the_old_one(tmp_path, tiny_shards, capsys):
+    folder = run(tmp_path / "run", tiny_shards, "train.steps=3", "train.stop_at=2").folder
+    (folder / "step-00000002").rename(folder / ".replaced-step-00000002")
+    assert steps(run(tmp_path / "run", tiny_shards, "train.steps=3")) == [2, 3]
+    assert "at step 2" in capsys.readouterr().out
