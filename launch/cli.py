@@ -279,6 +279,14 @@ def _add_results(commands: Any) -> None:
         looking.add_argument("--step", type=int, help="checkpoint to use (default: the newest whole one)")
     for showing in (caption, zero_shot):
         showing.add_argument("--out", help="HTML page with each picture, to write")
+    summary = "the same steps under several engines in turn: losses, speed, memory, start"
+    compare = _leaf(commands, "compare", "compare:compare", summary)
+    compare.add_argument("recipe", help="a recipe's name, or the path of a .toml file")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    compare.add_argument("--engines", default="torch,megatron,deepspeed", help="the first is what others are held to")
+    compare.add_argument("--steps", type=int, default=20, help="steps of each (default: %(default)s)")
+    compare.add_argument("--out", default="runs/compare", help="a new folder of runs (default: %(default)s)")
+    _nproc(compare)
     report = _leaf(commands, "report", "results:report", "one HTML page of curves and config, several runs overlaid")
     report.add_argument("runs", nargs="+", metavar="run", help="folders of runs")
     report.add_argument("--out", help="file to write (default: report.html in the first run's folder)")

@@ -192,6 +192,8 @@ class Metrics:
         due = step % self.every == 0 or step in (self._first, self._total)
         routed = self.routers.read(held.tables()) if self.routers is not None else None
         line = {**numbers, **_named(routed), "seconds": round(seconds, 6), "tokens_per_s": round(rate, 1)}
+        if due:
+            line["memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
         self._write_line(step, line, routed.rounded_load() if routed is not None and due else None)
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
