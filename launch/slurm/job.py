@@ -225,7 +225,7 @@ class Supervisor:
         lost = sorted(set(nodes) - set(allocation.answering(nodes)))
         rank, host = (failure.rank, failure.host) if failure else (None, None)
         if lost:
-            reason, detail, host = "node lost", f"{', '.join(lost)} gone", lost[0]
+            reason, detail, rank, host = "node lost", f"{', '.join(lost)} gone", None, lost[0]
         elif failure is None:
             reason, detail = "rank lost", self._last_words() or "srun failed"
         elif failure.code < 0:

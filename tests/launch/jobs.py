@@ -1,6 +1,7 @@
 """Small training jobs on the cluster of the tests."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ class TrainingJob:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
         return int(lines[-1]["step"]) if lines else 0
 
+    def step_of(self, number: int) -> int:
+        """The last step of start `number` (from 0) of the run, as its log tells."""
+        attempt = self.attempts[number]
+        path = self.run_dir / f"logs/{attempt['job']}.{attempt['restart']}/rank-00000.log"
+        lines = re.findall(r"^step +(\d+)/", path.read_text(), re.MULTILINE) if path.exists() else []
+        return int(lines[-1]) if lines else 0
+
     @property
     def saved(self) -> int:
         return CheckpointStore(self.run_dir / "checkpoints").newest_whole() or 0
@@ -78,13 +86,18 @@ class TrainingJob:
         return "\n".join([self.cluster.report(self.id), self.output[-4000:], *parts])
 
 
+def small_job(run_dir: Path, shards: Path) -> list[str]:
+    """Overrides of recipe `tiny`."""
+    return [*small_overrides(run_dir, shards), "train.micro_batch=2", "log.every=1"]
+
+
 def start_job(
     cluster: Cluster,
     run_dir: Path,
     shards: Path,
     *overrides: str,
     nodes: int = 2,
-    ranks: int = 2,
+    ranks: int = 1,
     spares: int = 0,
     max_requeues: int = 3,
     launcher: str = "agent",
@@ -105,7 +118,7 @@ def start_job(
     )
     order = Order(
         recipe="tiny",
-        overrides=[*small_overrides(run_dir, shards), "train.micro_batch=2", "log.every=1", *overrides],
+        overrides=[*small_job(run_dir, shards), *overrides],
         nodes=nodes,
         cluster=site,
         spares=spares,
