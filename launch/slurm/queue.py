@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launch.slurm.jobs import find_jobs
+
 SECONDS = 60  # that a busy controller may take to answer
 GPUS = re.compile(r"\bgpu(?::(?P<kind>[A-Za-z0-9_.-]+))?:(?P<count>\d+)")
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
@@ -102,13 +104,11 @@ def max_array_size() -> int:
 
 def alive_jobs(job_ids: Sequence[str]) -> dict[str, str]:
     """Those of the jobs that have not ended, and their states; "12_3" is a job of array 12."""
-    own = {job.partition("_")[0] for job in job_ids}
-    if not own:
-        return {}
-    # All jobs: asked for by id, squeue fails when it has forgotten one.
-    lines = call("squeue", "-h", "-r", "-o", "%i|%F|%T").splitlines()
-    rows = sorted((line.split("|") for line in lines), key=lambda row: [*map(int, re.findall(r"\d+", row[0]))])
-    return {job: state for job, array, state in rows if array in own and (job in job_ids or array in job_ids)}
+    jobs, unknown = find_jobs(job_ids)
+    if unknown:
+        raise NoAnswer(unknown)
+    alive = {job.job: job.state for job in jobs if job.alive}
+    return dict(sorted(alive.items(), key=lambda item: [*map(int, re.findall(r"\d+", item[0]))]))
 
 
 def all_here(partition: Partition) -> bool:
