@@ -44,7 +44,7 @@ POLICIES = ("warn", "exclude", "fail")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 1 with policy "fail" and a sick node; or where the check itself failed, but for policy "warn"."""
+    """Exit code 1, of rank 0, where policy "fail" has a sick node, a missing rank, or a check that did not work."""
     parser = argparse.ArgumentParser(prog="python -P -m launch.health", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("--policy", choices=POLICIES, default="warn", help="what becomes of sick nodes (%(default)s)")
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     # Leaving the usual way could wait for ranks that hang.
-    os._exit(1 if bad and args.policy == "fail" else 0)
+    # Of a failing rank srun would end the others, rank 0 perhaps before it has told.
+    os._exit(1 if rank == 0 and bad and args.policy == "fail" else 0)
 
 
 def _number(own: str, slurms: str, usual: int) -> int:
@@ -95,7 +96,7 @@ def join(rank: int, world: int) -> tuple[dist.Store, list[int]]:
     store.set_timeout(wait + timedelta(seconds=3))
     present = json.loads(store.get("present"))
     if rank not in present:
-        os._exit(1)  # too late: rank 0 has said so
+        os._exit(0)  # too late: rank 0 has said so
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=ANSWER_SECONDS)
     group, number = dist.PrefixStore("group", store), present.index(rank)

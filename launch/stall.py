@@ -20,10 +20,9 @@ def explain_stall(reports: Mapping[int, Report], beats: Mapping[int, Report | No
     culprits = [rank for rank in missing if rank in silent or rank in idle] or silent or idle or missing
     parts = [f"no progress for {seconds:.0f} s"]
     if awaited is not None and missing:
-        who = _ranks([rank for rank in missing if rank in culprits] or missing)
-        parts.append(
-            f"{who} {'has' if who.startswith('rank ') else 'have'} not come to {_collective(awaited)}, in which {_wait(inside)}"
-        )
+        late = [rank for rank in missing if rank in culprits] or missing
+        verb = "has" if len(late) == 1 else "have"
+        parts.append(f"{_ranks(late)} {verb} not come to {_collective(awaited)}, in which {_wait(inside)}")
     elif awaited is not None and not culprits:
         parts.append(
             f"all its ranks are in {_collective(awaited)}, which does not end: look at the network between them"

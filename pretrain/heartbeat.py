@@ -148,7 +148,9 @@ class Heartbeat:
         if phase not in STEPPING:
             return window
         if phase == "first step":  # is no measure of anything
-            return _Window(step)
+            return window
+        if not window.looks:
+            window = _Window(step)
         window.looks, window.seconds = window.looks + 1, window.seconds + seconds
         if phase == "waiting for data":
             window.data += 1

@@ -124,5 +124,5 @@ def test_a_slow_rank_is_logged(tmp_path, tiny_shards):
         assert run.wait([0, 1, 2]) == [0, 0, 0], run.said(0)
     rows = read_lines(run.run_dir / "stragglers.jsonl")
     assert rows and {row["rank"] for row in rows} == {2}
-    assert rows[0]["seconds"] > 0.3 and rows[0]["host"]
+    assert rows[0]["seconds"] > 0.2 and rows[0]["host"]
     assert run.said(0).count("straggler: rank 2 on ") == 1
