@@ -17,10 +17,15 @@ def call(*command: str, seconds: float = SECONDS) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def own_id() -> str:
+    """What SLURM's commands call this job alone: of an array, one job has the number of the whole."""
+    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{index}" if array else os.environ["SLURM_JOB_ID"]
+
+
 def allocated() -> list[str]:
     """The nodes that the job has now, in SLURM's order: one that was lost is no longer there."""
-    job = os.environ["SLURM_JOB_ID"]
-    now = call("squeue", "-h", "-j", job, "-o", "%N") or os.environ["SLURM_JOB_NODELIST"]
+    now = call("squeue", "-h", "-j", own_id(), "-o", "%N") or os.environ["SLURM_JOB_NODELIST"]
     return call("scontrol", "show", "hostnames", now).split()
 
 
@@ -55,12 +60,12 @@ def answering(nodes: Sequence[str]) -> list[str]:
 
 def signal_ranks(name: str) -> None:
     """Send a signal to all steps; the batch script, where the supervisor is, gets none."""
-    call("scancel", f"--signal={name}", os.environ["SLURM_JOB_ID"])
+    call("scancel", f"--signal={name}", own_id())
 
 
 def end_steps() -> None:
     """End all steps, also those that wait for a node that is gone."""
-    steps = call("squeue", "--steps", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%i").split()
+    steps = call("squeue", "--steps", "-h", "-j", own_id(), "-o", "%i").split()
     numbered = [step for step in steps if step.rpartition(".")[2].isdecimal()]
     if numbered:
         call("scancel", *numbered)
@@ -68,11 +73,11 @@ def end_steps() -> None:
 
 def state() -> dict[str, str]:
     """The job's fields as SLURM shows them, such as JobState and PreemptTime."""
-    words = call("scontrol", "show", "job", "--oneliner", os.environ["SLURM_JOB_ID"]).split()
+    words = call("scontrol", "show", "job", "--oneliner", own_id()).split()
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def requeue() -> bool:
     """Have SLURM end this job and queue it again; whether it takes that."""
-    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    command = ["scontrol", "requeue", own_id()]
     return subprocess.run(command, timeout=SECONDS, check=False).returncode == 0

@@ -158,7 +158,10 @@ class Supervisor:
     def _srun(self, nodes: Sequence[str], per_node: int, log: Path) -> list[str]:
         """The command that runs Python on these nodes, without Python's arguments."""
         output = str(log.parent).replace("%", "%%") + f"/{log.name}"
-        cpus = os.environ.get("SLURM_CPUS_PER_TASK")
+        # Of a task of the job; this step may have more or fewer of them on a node.
+        cpus = int(os.environ.get("SLURM_CPUS_PER_TASK") or 0)
+        if self.job["launcher"] == "agent":
+            cpus //= per_node
         return [
             "srun",
             f"--nodes={len(nodes)}",
