@@ -23,7 +23,7 @@ from parallel.engines.megatron_checks import check_layout, chunks_of
 from parallel.engines.megatron_facts import MegatronFacts
 from parallel.engines.megatron_host import on_host
 from parallel.engines.megatron_model import Chunk, make_config
-from parallel.engines.megatron_optimizer import MegatronOptimizer
+from parallel.engines.megatron_optimizer import SharedOptimizer, WholeOptimizer
 from parallel.engines.megatron_weights import Places, entries_of, initialise_weights
 from parallel.expert import Routers, share_routing
 from parallel.materialise import named_tensors
@@ -121,7 +121,7 @@ class MegatronEngine:
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         for entry in self._entries:
             named = {self._tied.get(name, name): name for name in entry.ours}
-            parts = {own: _local(state["model"][name]) for name, own in named.items()}
+            parts = {own: self._places.part(state["model"][name]) for name, own in named.items()}
             entry.fill(lambda tensor: tensor, parts)
         with on_host():
             for entry in self.optimizer.entries:
@@ -172,7 +172,8 @@ class MegatronEngine:
             for number, chunk in enumerate(chunks)
         ]
         last = [entry for entry in self._entries if degrees["pp"] > 1 and set(entry.ours) & set(self._tied)]
-        self.optimizer = MegatronOptimizer(spec, self._models, self._entries, last, self._places, degrees)
+        kind = SharedOptimizer if sharded else WholeOptimizer
+        self.optimizer = kind(spec, self._models, self._entries, last, self._places)
         held = _Held(chunks, self.facts)
         self._routers = Routers(modules_on_meta(spec, spec.plan.routing), [held], spec.plan.experts, self.device)  # type: ignore[list-item]
         if self.mesh is not None and any(True for _ in held.named_modules()):
@@ -270,10 +271,6 @@ class _Held:
 
     def named_modules(self) -> Iterable[tuple[str, nn.Module]]:
         return self._found.items()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _add(totals: Sums, sums: Sums) -> None:

@@ -1,15 +1,25 @@
 """Megatron-Core on a host without CUDA: stand-ins for the few calls by which it says "this process's GPU"."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 HOST = torch.device("cpu")
+# Work on the host is done in order: streams and events have nothing to say.
+CUDA: dict[str, Any] = {
+    "current_device": lambda: HOST,
+    "synchronize": lambda *_: None,
+    "Stream": mock.MagicMock,
+    "current_stream": mock.MagicMock,
+    "stream": lambda _: nullcontext(),
+}
+_all_to_all = token_dispatcher.all_to_all
 
 
 class _OnHost(TorchFunctionMode):
@@ -27,17 +37,18 @@ class _OnHost(TorchFunctionMode):
         return found
 
 
+def _listed(group: Any, rows: Tensor, received: Any = None, sent: Any = None, **options: Any) -> Any:
+    """Megatron's all-to-all: sizes that it has moved to the host are tensors still where they never left it."""
+    sizes = [size.tolist() if isinstance(size, Tensor) else size for size in (received, sent)]
+    return _all_to_all(group, rows, *sizes, **options)
+
+
 @contextmanager
 def on_host() -> Iterator[None]:
     """Where this process has CUDA, nothing; else the stand-ins, for as long as the context lasts."""
-    if torch.cuda.is_available():
-        yield
-        return
-    calls: dict[str, Any] = {
-        "current_device": lambda: HOST,
-        "synchronize": lambda *_: None,
-        "Stream": mock.MagicMock,  # work on the host is in order without them
-        "Event": mock.MagicMock,
-    }
-    with mock.patch.multiple(torch.cuda, **calls), _OnHost():
+    with ExitStack() as stack:
+        if not torch.cuda.is_available():
+            stack.enter_context(mock.patch.multiple(torch.cuda, **CUDA))
+            stack.enter_context(mock.patch.object(token_dispatcher, "all_to_all", _listed))
+            stack.enter_context(_OnHost())
         yield

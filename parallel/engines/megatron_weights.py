@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from parallel.engines.megatron_facts import Layout, MegatronFacts, Row
 from parallel.materialise import generator_for
-from parallel.mesh import Mesh
+from parallel.mesh import EXPERT_SHARD_AXIS, SHARD_AXIS, Mesh
 
 Values = Callable[[Tensor], Tensor]  # of one of Megatron's tensors -> something of its shape: itself, a gradient
 
@@ -97,14 +97,46 @@ class Places:
     mesh: Mesh | None
     ep: int
 
-    def wrap(self, entry: Entry, name: str, part: Tensor) -> Tensor:
-        """As a DTensor where it is a part; itself where it is the whole."""
+    def wrap(self, entry: Entry, name: str, part: Tensor, shared: bool = False) -> Tensor:
+        """As a DTensor where it is a part; itself where it is the whole. shared: of a part that all data ranks have,
+        each keeps a slice, along a dim that they divide.
+        """
         whole = entry.ours[name]
         mesh, placements = self._place(entry, whole, part.shape)
+        if shared:
+            mesh, placements, part = self._share(entry, whole, part, placements)
         if mesh is None:
             return part
         stride = torch.empty(whole, device="meta").stride()
         return DTensor.from_local(part, mesh, placements, run_check=False, shape=whole, stride=stride)
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """What `wrap` was given. Collective where data ranks share it."""
+        if not isinstance(tensor, DTensor):
+            return tensor
+        names = tensor.device_mesh.mesh_dim_names or ()
+        placements = [
+            Replicate() if axis in (SHARD_AXIS, EXPERT_SHARD_AXIS) else place
+            for axis, place in zip(names, tensor.placements, strict=True)
+        ]
+        return tensor.redistribute(placements=placements).to_local()
+
+    def _share(
+        self, entry: Entry, whole: torch.Size, part: Tensor, placements: list[Placement]
+    ) -> tuple[DeviceMesh | None, list[Placement], Tensor]:
+        assert self.mesh is not None
+        if entry.stacked and self.ep > 1:
+            assert self.mesh.experts is not None
+            mesh = self.mesh.experts[EXPERT_SHARD_AXIS, "ep", "tp"]
+        else:
+            mesh = self.mesh[SHARD_AXIS, "tp"]
+        placements = placements or [Replicate()]
+        ranks, rank = mesh.size(0), mesh.get_local_rank(0)
+        free = [dim for dim in range(part.ndim) if part.shape[dim] == whole[dim] and whole[dim] % ranks == 0]
+        if not free:
+            return mesh, [Replicate(), *placements], part
+        own = part.chunk(ranks, free[0])[rank].contiguous()
+        return mesh, [Shard(free[0]), *placements], own
 
     def numbers(self, entry: Entry) -> list[int]:
         """Of the experts of a stack that are here."""
