@@ -56,7 +56,7 @@ bench-plan: .venv/test  # the planner against published runs
 gpu-check: .venv/test
 	$(BIN)/python -m tests.bench.gpu_check
 
-chaos: .venv/test  # kills a run 500 times and resumes it; an hour or more
+chaos: .venv/test  # kills a run 500 times and resumes it; about an hour
 	$(BIN)/python -m tests.checkpoints.chaos --kills 500
 
 clean:
