@@ -24,12 +24,15 @@ FORCED = 3  # a user who asks so many times does not want to wait
 
 @dataclass(frozen=True)
 class Failure:
-    """The rank of a machine that failed first. code: as of a process, below 0 the signal that killed it."""
+    """The rank of a machine that failed first. code: as of a process, below 0 the signal that killed it; time: seconds
+    since 1970.
+    """
 
     rank: int
     world: int
     code: int
     host: str
+    time: float
 
     def __str__(self) -> str:
         how = f"signal {-self.code}" if self.code < 0 else f"exit code {self.code}"
@@ -158,7 +161,7 @@ class Ranks:
         # Killed by a signal: what made the others fail.
         first = min(gone, key=lambda process: process.returncode)
         rank = self.first + self._processes.index(first)
-        self.failure = Failure(rank, self.world, first.returncode, node_name())
+        self.failure = Failure(rank, self.world, first.returncode, node_name(), time.time())
         deadline = time.monotonic() + FOLLOW_SECONDS
         for process in self._processes:
             try:
@@ -186,7 +189,7 @@ class Ranks:
 
     def tell(self) -> None:
         """The first error of any rank, last on the console; and, beside the logs, which rank failed here."""
-        if self.failure is None:
+        if self.failure is None or -self.failure.code in self.asked:
             return
         folder = self.folder
         if folder is not None:

@@ -220,7 +220,7 @@ class Supervisor:
     def _failure(self) -> Failure | None:
         """The rank that failed first: one that a signal killed before those that lost it."""
         found = [Failure(**value) for path in self.folder.glob("failed-*.json") if (value := read_json(path))]
-        return min(found, key=lambda failure: (failure.code > 0, -failure.code), default=None)
+        return min(found, key=lambda failure: (failure.code > 0, failure.time), default=None)
 
     def _record(self, failure: Failure | None, nodes: list[str]) -> None:
         """Add how a start ended, where its ranks could not, and show the first error of any rank."""
