@@ -33,6 +33,7 @@ def submit(args: argparse.Namespace) -> None:
         environment=tuple(args.env),
         template=args.template or "",
         dry_run=args.dry_run,
+        copy_code=args.copy_code,
         command=("pretrain", *sys.argv[1:]),
     )
     job = prepare(order)

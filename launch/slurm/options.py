@@ -49,4 +49,7 @@ def _add_run(leaf: argparse.ArgumentParser) -> None:
         "model.hidden,model.layers=256:4,512:8",
     )
     run.add_argument("--at-once", type=int, default=0, metavar="K", help="runs of a sweep at a time (default: all)")
+    run.add_argument(
+        "--copy-code", action="store_true", help="run a copy of the code as it is now, in the run's folder"
+    )
     run.add_argument("--dry-run", action="store_true", help="print the script and job.json; write and queue nothing")

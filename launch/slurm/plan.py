@@ -12,7 +12,8 @@ class JobPlan:
     """run_dir: absolute; of a sweep, the folder around those of its points. folder: where relative paths of the recipe
     start. nodes: those that train; spares: nodes beside them, for when one is sick. time_limit: seconds, None for no
     limit. indices: the points of a sweep that are to run, at most at_once of them at a time (0: all). environment:
-    names of variables that the job gets. cluster: the site's defaults with the options of the command line.
+    names of variables that the job gets. code: folder of the package that it runs; None: where Python finds it.
+    cluster: the site's defaults with the options of the command line.
     """
 
     name: str
@@ -32,6 +33,7 @@ class JobPlan:
     mounts: list[str]
     indices: list[int] | None = None
     at_once: int = 0
+    code: Path | None = None
 
     @property
     def world(self) -> int:

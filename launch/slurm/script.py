@@ -18,7 +18,12 @@ def render(plan: JobPlan, template: Path = TEMPLATE) -> str:
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # bash, not HTML
     environment.filters["quote"] = shlex.quote
     text = template.read_text(encoding="utf-8")
-    paths = {"run_dir": str(plan.run_dir), "venv": plan.cluster.venv, "python": plan.python}
+    paths = {
+        "run_dir": str(plan.run_dir),
+        "venv": plan.cluster.venv,
+        "python": plan.python,
+        "code": str(plan.code or ""),
+    }
     try:
         return environment.from_string(text).render(
             **paths,

@@ -1,5 +1,6 @@
 """The code of a run as it was when the run was submitted."""
 
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -7,8 +8,18 @@ from pathlib import Path
 
 import launch
 
+CODE = "code"  # below the snapshot
+PACKAGES = ("launch", "pretrain", "parallel", "data_pipeline", "checkpoints")
 SECONDS = 60
 MOST_BYTES = 64 << 20  # of a diff: data that was committed by mistake is no code
+
+
+def copy_code(folder: Path) -> None:
+    """Copy this package into folder/code, from where a job runs it however long it waits."""
+    code = folder / CODE
+    shutil.rmtree(code, ignore_errors=True)
+    for package in PACKAGES:
+        shutil.copytree(_home() / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def write_snapshot(folder: Path) -> str:
@@ -19,7 +30,7 @@ def write_snapshot(folder: Path) -> str:
     versions = sorted(f"{dist.name}=={dist.version}" for dist in metadata.distributions() if dist.name)
     text = "\n".join([f"# Python {sys.version.split()[0]}", *dict.fromkeys(versions)])
     (folder / "versions.txt").write_text(text + "\n", encoding="utf-8")
-    code = Path(launch.__file__).resolve().parent.parent
+    code = _home()
     try:
         _git(code, "ls-files", "--error-unmatch", "launch/__init__.py")  # the repository around a venv is another's
         commit = _git(code, "rev-parse", "HEAD").decode().strip()
@@ -36,6 +47,10 @@ def write_snapshot(folder: Path) -> str:
     (folder / "diff.patch").write_bytes(diff if whole else b"")
     changed = "" if not diff else " + diff.patch" if whole else f" (a diff of {len(diff) >> 20} MiB is not kept)"
     return f"code: commit {commit[:12]}{changed}"
+
+
+def _home() -> Path:
+    return Path(launch.__file__).resolve().parent.parent
 
 
 def _git(folder: Path, *arguments: str) -> bytes:

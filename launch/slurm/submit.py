@@ -17,7 +17,7 @@ from launch.slurm.cluster import NAME, ClusterConfig, forwarded, plain_path
 from launch.slurm.plan import JobPlan, describe_job
 from launch.slurm.queue import NoAnswer, call, find_partition, max_array_size, parse_time
 from launch.slurm.script import TEMPLATE, render
-from launch.slurm.snapshot import write_snapshot
+from launch.slurm.snapshot import CODE, copy_code, write_snapshot
 from launch.slurm.sweep import Point, describe_sweep, points_of
 from pretrain.config import RunConfig, resolve, write_config
 
@@ -41,6 +41,7 @@ class Order:
     environment: tuple[str, ...] = ()
     template: str = ""
     dry_run: bool = False
+    copy_code: bool = False
     command: tuple[str, ...] = ()
 
 
@@ -71,6 +72,8 @@ def prepare(order: Order) -> Job:
         raise ValueError(f"--name {order.name!r}: letters, digits and _.@+- are allowed")
     config, _ = resolve(order.recipe, order.overrides)
     run_dir = plain_path(Path(config.run.dir).absolute())
+    if order.copy_code and os.pathsep in str(run_dir):
+        raise ValueError(f"--copy-code: Python finds no code in {run_dir}, as it has a {os.pathsep}; rename it")
     cluster, ranks = _per_node(order.cluster)
     points = points_of(list(order.sweep), run_dir) if order.sweep else []
     configs = _configs(order, config, points, run_dir, order.nodes * ranks)
@@ -93,6 +96,7 @@ def prepare(order: Order) -> Job:
         mounts=_mounts(cluster, run_dir, data),
         indices=[point.index for point in points if point.run_dir in configs] if points else None,
         at_once=order.at_once,
+        code=run_dir / "snapshot" / CODE if order.copy_code else None,
     )
     _check_sweep(run_dir, points)
     try:
@@ -118,6 +122,8 @@ def submit(job: Job, order: Order) -> list[str]:
         if job.points:
             write_json(plan.run_dir / "sweep.json", describe_sweep(job.points))
         print(write_snapshot(plan.run_dir / "snapshot"))
+        if plan.code is not None:
+            copy_code(plan.run_dir / "snapshot")
         script = plan.run_dir / "job.sh"
         script.write_text(job.script, encoding="utf-8")
         submitted = datetime.now(UTC).isoformat(timespec="seconds")

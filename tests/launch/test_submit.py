@@ -193,6 +193,7 @@ def test_mistakes_in_the_sites_file(text, words, capsys, tmp_path):
         ),
         (["--sweep", "optim.lr=1e-4", "optim.lr=3e-4"], ["optim.lr is given twice"]),
         (["--sweep", "run.dir=a,b"], ["run.dir", "leave it out"]),
+        (["--copy-code", "run.dir=a:b"], ["--copy-code", "a:b"]),
         (["--at-once", "-1"], ["--at-once -1"]),
         (['data.sources=[{shards="/no/*.tar"}]'], ["/no/*.tar", "no file matches"]),
         (["tokenizer.path=/no/tokenizer"], ["/no/tokenizer"]),

@@ -6,12 +6,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
 from launch import cli
 from pretrain.config import resolve
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, wait_until
 from tests.small import small_overrides
 
 # In place of the Python of the job: writes down how it was started, and waits where it is told to.
@@ -71,7 +72,7 @@ def test_strange_words_reach_the_job_as_they_are(slurm, site, tiny_shards, tmp_p
     run_dir = folder / "ru$n"
     overrides = [*small_overrides(run_dir, tiny_shards), "train.micro_batch=2", f"data.skip=$(touch {trap});'x"]
     name = ["--name", "run-1", "--env", "HF_*"]
-    [job] = submit(capsys, *overrides, "--nodes", "2", *name, "--cluster", str(site))
+    [job] = submit(capsys, *overrides, "--nodes", "2", *name, "--cluster", str(site), "--copy-code")
     assert slurm.wait(job) == "COMPLETED"
 
     told = seen(run_dir)
@@ -81,6 +82,11 @@ def test_strange_words_reach_the_job_as_they_are(slurm, site, tiny_shards, tmp_p
     assert environment["HF_HOME"] == os.environ["HF_HOME"]
     assert "OTHER" not in environment
     assert environment["SLURM_EXPORT_ENV"] == "ALL"
+    code = Path(environment["PYTHONPATH"])
+    assert code == run_dir / "snapshot" / "code"
+    where = [sys.executable, "-P", "-c", "import launch, pretrain.history; print(launch.__file__)"]
+    found = subprocess.run(where, env=environment, capture_output=True, text=True, check=True, cwd="/")
+    assert Path(found.stdout.strip()).is_relative_to(code)
     assert (run_dir / "logs" / f"slurm-{job}.out").read_text() == "supervised\n"
     fields = slurm.job(job)
     expected = {"JobName": "run-1", "NumNodes": "2", "Requeue": "1", "TimeLimit": "00:05:00", "Partition": "debug"}
@@ -150,6 +156,26 @@ def test_a_sweep_is_an_array_of_runs(slurm, site, tiny_shards, tmp_path, capsys)
         assert record["overrides"][-2:] == point["overrides"]
         assert f"seed = {index % 3 + 1}\n" in (folder / "submitted.toml").read_text()
     assert len({seen(run_dir / point["dir"])["environment"]["SLURM_JOB_ID"] for point in points}) == 6
+
+
+@pytest.mark.slow
+def test_runs_of_a_sweep_are_queued_again_one_by_one(slurm, site, tiny_shards, tmp_path, capsys):
+    """One of them has the number of the whole array as its own."""
+    python = tmp_path / "python"
+    again = (
+        "from launch.slurm import allocation\nif 'SLURM_RESTART_COUNT' not in os.environ:\n    allocation.requeue()\n"
+    )
+    python.write_text(STAND_IN.replace("print(", f"if (folder / 'again').exists():\n{indent(again, '    ')}print("))
+    run_dir = tmp_path / "sweep"
+    for index in range(2):
+        (run_dir / f"{index:03d}").mkdir(parents=True)
+        (run_dir / f"{index:03d}" / "wait").touch()
+    (run_dir / "001" / "again").touch()
+    [job] = submit(capsys, *small_overrides(run_dir, tiny_shards), "--cluster", str(site), "--sweep", "run.seed=1..2")
+    wait_until(lambda: slurm.job(f"{job}_1").get("Restarts") == "1", 30, lambda: slurm.report(f"{job}_1"))
+    slurm.wait(f"{job}_1", "RUNNING")
+    assert slurm.job(f"{job}_1")["JobId"] == str(job)
+    assert (slurm.job(f"{job}_0")["Restarts"], slurm.job(f"{job}_0")["JobState"]) == ("0", "RUNNING")
 
 
 @pytest.mark.parametrize(
