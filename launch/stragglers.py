@@ -1,11 +1,12 @@
 """Ranks that are slower than the others, from the pace in their heartbeats: no collective is added."""
 
+import time
 from pathlib import Path
-from statistics import median
+from statistics import median_high
 from typing import Any
 
 from launch.rundir import append_line, heartbeat_file, read_json
-from pretrain.heartbeat import Heartbeat
+from pretrain.heartbeat import WRITE_SECONDS, Heartbeat
 from pretrain.history import now
 
 FILE = "stragglers.jsonl"
@@ -14,23 +15,26 @@ SHARE = 0.1  # of the step that this costs at least
 
 
 class Stragglers:
-    """Rank 0 reads the paces of all ranks once every log window, and logs those that stand out, in `stragglers.jsonl`
-    and, when they begin to, on the console.
+    """Rank 0 reads the paces of all ranks once a window of steps, and logs those that stand out twice in a row: in
+    `stragglers.jsonl` and, when they begin to, on the console.
     """
 
     def __init__(self, run_dir: Path, size: int) -> None:
         self.run_dir, self.size = run_dir, size
-        self._window, self._known = 0, set[int]()
+        self._window, self._due = 0, 0.0
+        self._before, self._known = set[int](), set[int]()
 
     def look(self, beat: Heartbeat) -> None:
         """Called often; does something once the other ranks' files hold the paces of a window."""
-        # Those of the window before last: every rank has written it by now.
-        if beat.window == self._window:
+        if beat.window != self._window:
+            self._window, self._due = beat.window, time.monotonic() + 2 * WRITE_SECONDS
+        if not 0 < self._due <= time.monotonic():
             return
-        self._window = beat.window
+        self._due = 0.0
         found = {rank: read_json(heartbeat_file(self.run_dir, rank)) for rank in range(self.size)}
         slow = find_stragglers({rank: pace for rank, pace in found.items() if pace and pace.get("window")})
-        for row in slow:
+        lasting = [row for row in slow if row["rank"] in self._before]
+        for row in lasting:
             append_line(self.run_dir / FILE, {"time": now(), "step": beat.step, **row})
             if row["rank"] not in self._known:
                 print(
@@ -38,7 +42,7 @@ class Stragglers:
                     f"the others {row['median']:.3g} s" + (", most of it waiting for data" if row["data"] else ""),
                     flush=True,
                 )
-        self._known = {row["rank"] for row in slow}
+        self._before, self._known = {row["rank"] for row in slow}, {row["rank"] for row in lasting}
 
 
 def find_stragglers(beats: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -50,7 +54,7 @@ def find_stragglers(beats: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
         others = [each["own_s"] for other, each in beats.items() if other != rank]
         if not others:
             continue
-        usual = median(others)
+        usual = median_high(others)
         if beat["own_s"] > SLOWER * usual and beat["own_s"] - usual > SHARE * beat["step_s"]:
             data = beat["data_s"] > beat["own_s"] / 2
             rows.append(

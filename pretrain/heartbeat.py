@@ -20,6 +20,7 @@ Item = TypeVar("Item")
 FOLDER = "heartbeats"
 WRITE_SECONDS = 1.0  # between two writings of the file
 SAMPLE_SECONDS = 0.05  # between two looks at what the main thread does
+LOOKS = 40  # of which a pace is made at least
 ENDED = "ended"
 # How many times `watchdog.stall_s` a rank may stay silent in each phase.
 PATIENCE = {
@@ -72,7 +73,7 @@ class Heartbeat:
 
     The file `heartbeats/rank-00000.json` holds "step" and "phase" (a key of PATIENCE, or ENDED); "time" (UTC) of the
     last time that the rank moved on, and "beats", how often it did; "alive", when the thread wrote this; "host", "pid",
-    "job", "restart"; "step_s", "own_s" and "data_s", the rank's pace over the last `every` steps.
+    "job", "restart"; "step_s", "own_s" and "data_s", the rank's pace over `every` steps or two seconds.
 
     Args:
         run_dir: of the run. rank: of this process. every: steps over which the pace is taken.
@@ -156,7 +157,7 @@ class Heartbeat:
             window.data += 1
         elif waits_for_ranks(sys._current_frames().get(self.main)):
             window.elsewhere += 1
-        if step // self.every == window.step // self.every:
+        if step // self.every == window.step // self.every or window.looks < LOOKS:
             return window
         steps = step - window.step
         a_look = window.seconds / window.looks / steps

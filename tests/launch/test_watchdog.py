@@ -14,9 +14,10 @@ from launch.local import free_port
 from launch.rundir import read_ends, read_lines
 from tests.small import small_overrides
 
+pytestmark = pytest.mark.slow  # torch is imported by each rank
 ROOT = Path(__file__).parent.parent.parent
 STALL = 6
-SLOW = ["train.global_batch=6", "train.steps=13", "log.every=4"]
+SLOW = ["train.global_batch=6", "train.steps=40", "log.every=4"]
 
 
 class Started:
@@ -87,7 +88,6 @@ def test_names_the_rank_that_does_not_come_to_a_collective(tmp_path, tiny_shards
     assert "tests/launch/planted.py" in stacks[1].read_text() and "Thread 0x" in stacks[1].read_text()
 
 
-@pytest.mark.slow
 def test_others_name_a_rank_that_is_stopped(tmp_path, tiny_shards):
     """Rank 0, which would otherwise speak; the file of its heartbeat tells where it was."""
     with Started(tmp_path, tiny_shards, 2, "none", 0, "train.steps=100000", stall()) as run:
@@ -100,7 +100,6 @@ def test_others_name_a_rank_that_is_stopped(tmp_path, tiny_shards):
     assert 'in phase "' in text and "its last sign came" in text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "phase", "at"),
     [
@@ -119,7 +118,7 @@ def test_names_the_shard_or_the_save_that_hangs(tmp_path, own_shards, fault, pha
 def test_a_slow_rank_is_logged(tmp_path, tiny_shards):
     """By the time that it does not wait for others; the steps of all take equally long."""
     with Started(
-        tmp_path, tiny_shards, 3, "slow_forward", 2, "train.global_batch=6", "train.steps=13", "log.every=4"
+        tmp_path, tiny_shards, 3, "slow_forward", 2, "train.global_batch=6", "train.steps=40", "log.every=4"
     ) as run:
         assert run.wait([0, 1, 2]) == [0, 0, 0], run.said(0)
     rows = read_lines(run.run_dir / "stragglers.jsonl")

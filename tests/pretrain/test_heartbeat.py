@@ -58,7 +58,7 @@ def test_a_folder_that_cannot_be_written_does_not_matter(tmp_path):
 
 def test_the_pace_counts_waiting_for_data_as_own(tmp_path):
     with Heartbeat(tmp_path, 0, every=2) as beat:
-        for step in range(1, 6):
+        for step in range(1, 14):
             with beat.phase("waiting for data"):
                 time.sleep(0.2)
             time.sleep(0.1)
