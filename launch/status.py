@@ -62,7 +62,8 @@ class RunStatus:
 
     @property
     def restarts(self) -> int:
-        return max(0, len(self.starts) - 1)
+        trained = [start for start in self.starts if start.step is not None]
+        return max(0, len(trained) - 1)
 
 
 def is_run(folder: Path) -> bool:
@@ -94,12 +95,13 @@ def job_ids(run_dir: Path) -> list[str]:
 def read_all(run_dirs: Iterable[Path]) -> list[RunStatus]:
     """The status of each run, with one question to SLURM for all of them."""
     stories = {run_dir: read_story(run_dir) for run_dir in run_dirs}
-    own = {run_dir: {*job_ids(run_dir), *(start.job for start in stories[run_dir] if start.job)} for run_dir in stories}
-    jobs, problem = find_jobs(job for ids in own.values() for job in ids)
+    submitted = {run_dir: {*job_ids(run_dir)} for run_dir in stories}
+    started = {run_dir: {start.job for start in stories[run_dir] if start.job} for run_dir in stories}
+    jobs, problem = find_jobs(job for ids in (*submitted.values(), *started.values()) for job in ids)
     found = []
     for run_dir, story in stories.items():
-        mine = [job for job in jobs if {job.job, job.number, job.array} & own[run_dir]]
-        asked = problem if own[run_dir] else None
+        mine = [job for job in jobs if job.of(submitted[run_dir], started[run_dir])]
+        asked = problem if submitted[run_dir] or started[run_dir] else None
         found.append(read_status(run_dir, story, mine, asked))
     return found
 
@@ -137,7 +139,10 @@ def read_status(run_dir: Path, story: Sequence[Start], jobs: Sequence[Job], prob
         silent_rank=quiet[1] if quiet else None,
         slowest=find_slowest(beats) if moving else None,
         stragglers=last_stragglers(run_dir, step) if moving else (),
-        notes=(f"SLURM could not be asked: {problem}",) if problem else (),
+        notes=(
+            *((f"SLURM could not be asked: {problem}",) if problem else ()),
+            *(_findings(run_dir) if moving else ()),
+        ),
     )
 
 
@@ -183,7 +188,8 @@ def _over(run_dir: Path, last: Start | None, job: Job | None) -> tuple[str, str]
     how = f"job {job.job}: {job.state}" if job is not None and job.state != "COMPLETED" else ""
     if last is None:
         if job is not None or job_ids(run_dir):
-            return "failed" if job is not None else "lost", how or "its job left no start of training"
+            state = "lost" if job is None else "stopped" if job.state == "CANCELLED" else "failed"
+            return state, how or "its job left no start of training"
         return "new", "not started yet"
     said = last_error(run_dir, last)
     if last.reason == "error" and lost_contact(str(last.detail)) and said:
@@ -194,6 +200,13 @@ def _over(run_dir: Path, last: Start | None, job: Job | None) -> tuple[str, str]
     if last.time is None:
         return "stopped", "how it ended is not recorded"
     return "lost", "; ".join(word for word in ("killed hard: no end is recorded", how, said) if word)
+
+
+def _findings(run_dir: Path) -> list[str]:
+    """What the health check before the last start found."""
+    health = read_json(run_dir / "health.json")
+    found = health.get("findings", []) if isinstance(health, dict) else []
+    return [f"health of {each.get('host') or 'the job'}: {each.get('text')}" for each in found]
 
 
 def last_error(run_dir: Path, last: Start | None) -> str:

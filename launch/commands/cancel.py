@@ -6,8 +6,10 @@ import signal
 from pathlib import Path
 
 from launch.holder import find_holder
+from launch.rundir import append_end
 from launch.slurm.jobs import Job, find_jobs
 from launch.slurm.queue import call
+from launch.starts import read_story
 from launch.status import is_run, job_ids, points
 
 
@@ -20,10 +22,15 @@ def cancel(args: argparse.Namespace) -> None:
     jobs, problem = find_jobs(ids)
     if ids and problem:
         raise ValueError(f"{run_dir} has jobs {', '.join(ids)}, and SLURM could not be asked: {problem}")
-    alive = [job for job in jobs if job.alive and {job.job, job.array} & {*ids}]
+    alive = [job for job in jobs if job.alive and job.of(ids)]
+    folders = [run_dir, *(folder for folder, _ in points(run_dir))]
     if alive:
         _cancel_jobs(alive, args.now)
-    here = [_cancel_here(folder, args.now) for folder in [run_dir, *(folder for folder, _ in points(run_dir))]]
+    for job in alive:
+        if job.state == "PENDING":
+            for folder in folders:
+                _record(folder, job)
+    here = [_cancel_here(folder, args.now) for folder in folders]
     if not alive and not any(here):
         raise ValueError(f"{run_dir}: nothing of it is running or queued; see pretrain status {run_dir}")
 
@@ -39,6 +46,15 @@ def _cancel_jobs(alive: list[Job], now: bool) -> None:
         # scancel without a signal kills all after the cluster's KillWait, often 30 s.
         call("scancel", "--batch", "--signal=TERM", *training)
         print(f"asked job {', '.join(training)} to save and leave; to end it at once: pretrain cancel --now")
+
+
+def _record(run_dir: Path, job: Job) -> None:
+    """That a job which waited will not start: SLURM forgets those of an array at once."""
+    if job.job not in job_ids(run_dir):
+        return
+    own = [start.restart + 1 for start in read_story(run_dir) if start.job == job.number]
+    detail = "cancelled while it waited"
+    append_end(run_dir, "preempted or cancelled", detail=detail, job=job.job, restart=max(own, default=0))
 
 
 def _cancel_here(run_dir: Path, now: bool) -> bool:

@@ -19,6 +19,7 @@ from launch.status import RunStatus, find_runs, is_run, points, read_all
 
 RUNS = Path("runs")  # where recipes put runs, unless they say otherwise
 PIPE_WIDTH = 200  # columns where no terminal says how many it has
+LONGEST_WHY = 160  # letters of it in a table of several runs
 COLOURS = {"running": "green", "finished": "bold green", "failed": "bold red", "lost": "bold red", "stopped": "yellow"}
 Shown = list[tuple[list[str], RunStatus]]  # the overrides of a sweep's point, and how it stands
 
@@ -87,7 +88,8 @@ def _table(shown: Shown) -> Table:
         row = [run.run, *(values.get(key, "") for key in keys), run.state, _steps(run), _number(run.loss, "{:.4f}")]
         row += [_number(run.eval_loss, "{:.4f}")] if evaluated else []
         row += [_number(run.tokens_per_s, "{:,.0f}"), _eta(run), str(run.restarts), _number(run.checkpoint, "{}")]
-        row += [_job(run), "; ".join([run.why, *run.notes]).strip("; ")]
+        why = "; ".join([run.why, *run.notes]).strip("; ")
+        row += [_job(run), why if len(why) <= LONGEST_WHY else f"{why[:LONGEST_WHY]}..."]
         table.add_row(*(Text(cell, style=COLOURS.get(cell, "") if cell == run.state else "") for cell in row))
     return table
 

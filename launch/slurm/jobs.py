@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 SECONDS = 20  # that squeue may take: whoever looks at a run does not want to wait for a busy controller
@@ -33,6 +33,12 @@ class Job:
     @property
     def alive(self) -> bool:
         return self.state in ALIVE or self.state.startswith("REQUEUE")
+
+    def of(self, submitted: Container[str], started: Container[str] = ()) -> bool:
+        """Whether it is one of those that were submitted, or, by what SLURM_JOB_ID was, of those that started. Of an
+        array the last one that starts keeps the array's number, and those that wait have it too: that tells nothing.
+        """
+        return self.job in submitted or self.array in submitted or (self.number in started and "_" not in self.job)
 
 
 def find_jobs(job_ids: Iterable[str]) -> tuple[list[Job], str | None]:
