@@ -26,6 +26,8 @@ TOOLS = ("munged", "slurmctld", "slurmd", "sbatch")
 MUNGE_FILES = ("key-file", "socket", "pid-file", "log-file", "seed-file")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
 
+PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where daemons are, also for shells without it
+
 CONFIG = """\
 ClusterName=pretrain
 SlurmctldHost={host}(127.0.0.1)
@@ -74,7 +76,7 @@ def missing() -> str:
     """Why no cluster can be started here; empty when one can."""
     if os.geteuid() != 0:
         return "needs root, to start slurmd"
-    lost = [tool for tool in TOOLS if shutil.which(tool) is None]
+    lost = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
     return f"needs {', '.join(lost)} (apt-get install slurm-wlm munge)" if lost else ""
 
 
@@ -237,13 +239,14 @@ class Cluster:
 
     def _daemon(self, name: str, *command: str) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "PYTEST"))}
+        tool = shutil.which(command[0], path=PATH) or command[0]
         with (self.folder / f"{name}.out").open("ab") as out:
             self.daemons[name] = subprocess.Popen(
-                command,
+                [tool, *command[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                env=environment,
+                env=environment | {"PATH": PATH},
                 cwd=self.folder,
                 start_new_session=True,  # a Ctrl-C of the tests is not the cluster's
             )
