@@ -37,6 +37,7 @@ def main(run_dir: Path) -> int:
         job=start["job"],
         restart=start["restart"],
         echo=False,  # the supervisor does
+        parent=os.getppid(),
         local=int(os.environ["SLURM_LOCALID"]) if alone else 0,
         per_node=job["ranks_per_node"],
     )

@@ -45,7 +45,8 @@ class Ranks:
 
     address, port: where rank 0 listens for the others; a restart takes the next port, as the old one may be in use
     still. run_dir, job: logs of the ranks go into its log folder of this job; run_dir None: to the console. echo: show
-    rank 0's log on the console. local: number of the first one on its machine, of per_node (0: all are here).
+    rank 0's log on the console. parent: process that this one is to end with, ranks and all (0: none), as SLURM's daemon
+    of a step: nobody would end them any more. local: number of the first one on its machine, of per_node (0: all are here).
     """
 
     command: list[str]
@@ -59,6 +60,7 @@ class Ranks:
     job: str | None = None
     restart: int = 0
     echo: bool = True
+    parent: int = 0
     local: int = 0
     per_node: int = 0
     asked: list[int] = field(default_factory=list)
@@ -131,6 +133,9 @@ class Ranks:
 
     def look(self) -> bool:
         """Whether they go on. After the first failure of one the others are ended, and `failure` says which it was."""
+        if self.parent and os.getppid() != self.parent:
+            self._send(signal.SIGKILL)
+            sys.exit(f"pretrain: process {self.parent}, which started this one, is gone")
         codes = [process.poll() for process in self._processes]
         if any(codes):
             self._end()
@@ -199,7 +204,8 @@ class Ranks:
             if self.failure.code not in (1, 2) or folder is not None:  # those have said why themselves
                 self._print(f"pretrain: {self.failure} on {self.failure.host}; the others were ended", folder)
         else:
-            self._print(f"pretrain: error: rank {said.rank} of {self.world}: {said.line}", said.path)
+            who = "" if said.line.startswith("rank ") else f"rank {said.rank} of {self.world}: "
+            self._print(f"pretrain: error: {who}{said.line}", said.path)
 
     def _print(self, text: str, where: Path | None) -> None:
         print(text if where is None else f"{text}\n  logs: {where}", file=sys.stderr, flush=True)

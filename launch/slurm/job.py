@@ -29,7 +29,10 @@ from launch.slurm.recipe import fewer_nodes, goal
 from pretrain.history import append_end, append_line, now, read_ends, read_lines, this_start
 
 LOOK_SECONDS = 0.2
-LINGER_SECONDS = 45.0  # for a step to end once one of its ranks has failed
+LINGER_SECONDS = 30.0  # for a step to end once one of its ranks has failed
+END_SECONDS = 10.0  # for a step to end once SLURM was told to end it
+LOCK_SECONDS = 15.0  # for the ranks of a start before to be gone
+LOCKED = "another process is training there"  # of `pretrain.lock`
 HEALTH_SECONDS = 60.0  # twice what the check allows itself
 REQUEUE_SECONDS = 60.0  # for SLURM to end this process once it took the job back
 RESERVE = 0.15  # share of the grace period in which the job is queued again, saved or not
@@ -72,7 +75,9 @@ class Supervisor:
             failure = self._failure()
             self._record(failure, nodes)
             if failure is not None and failure.code == MISTAKE:
-                return MISTAKE
+                if not self._locked():
+                    return MISTAKE
+                time.sleep(LOCK_SECONDS)
             if self._fruitless():
                 self.say("no new checkpoint in two starts in a row: not started again")
                 return 1
@@ -190,7 +195,7 @@ class Supervisor:
                 self.say("the step does not end: it is ended")
                 allocation.end_steps()
                 try:
-                    step.wait(LINGER_SECONDS if late else 1.0)
+                    step.wait(END_SECONDS if late else 1.0)
                 except subprocess.TimeoutExpired:
                     step.kill()
             time.sleep(LOOK_SECONDS)
@@ -246,6 +251,11 @@ class Supervisor:
         start = this_start()
         ends = read_ends(self.run_dir)
         return any(end["job"] == start["job"] and end["restart"] == start["restart"] for end in ends)
+
+    def _locked(self) -> bool:
+        """Whether the run's folder was still held by ranks of the start before, as on a node that SLURM has lost."""
+        said = first_error(self.folder)
+        return said is not None and LOCKED in said.line
 
     def _last_words(self) -> str:
         path = self.folder / "srun.log"
