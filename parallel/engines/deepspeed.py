@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.across import check_across, over_data
 from parallel.engine import Batch, EngineSpec, Sums
-from parallel.engines.deepspeed_build import Computation, build_model, fill, make_config
+from parallel.engines.deepspeed_build import Computation, build_model, check_storage, fill, make_config
 from parallel.engines.deepspeed_options import DeepSpeedOptions
 from parallel.engines.deepspeed_state import CutState, State, WholeState
 from parallel.expert import Routers
@@ -33,6 +33,7 @@ class DeepSpeedEngine:
 
     def __init__(self, spec: EngineSpec, world: World):
         options = DeepSpeedOptions.model_validate(dict(spec.options))
+        check_storage(options)
         degrees = resolve_degrees(spec.parallel, world.size)
         # How much of the state they share is for ZeRO to say: both axes are one.
         self.data_world = degrees["dp_replicate"] * degrees["dp_shard"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,6 +30,17 @@ class Computation(Stage):
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
             sums: Sums = super().forward(batch, x)
         return sums
+
+
+def check_storage(options: DeepSpeedOptions) -> None:
+    """Raises ValueError where state is to lie on nvme and DeepSpeed cannot read and write there."""
+    places = {"offload_optimizer": options.offload_optimizer, "offload_parameters": options.offload_parameters}
+    for key, place in places.items():
+        if place == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+            raise ValueError(
+                f'deepspeed.{key} = "nvme" needs libaio and its headers (Debian: libaio-dev), which DeepSpeed does not '
+                'find on this machine; install them, or set it to "cpu"'
+            )
 
 
 def build_model(spec: EngineSpec) -> Any:

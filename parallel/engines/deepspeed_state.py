@@ -169,9 +169,16 @@ class CutState:
             initialise(self._optimizer)
             self._zero._lazy_init_hp_params_optimizer_state()
             return
-        self._zero._set_fp32_optimizer_param_groups()
-        initialise(self._optimizer)
-        self._zero._clear_fp32_optimizer_param_groups()
+        for number, piece in enumerate(self._zero.fp32_partitioned_groups_flat):
+            on_disk = self._zero._swappable_optimizer_subgroup(number)
+            if on_disk:
+                self._zero._optimizer_states_and_gradient_swap_in(number)
+            group = self._optimizer.param_groups[self._zero.sub_group_to_group_id[number]]
+            group["params"] = [piece]
+            initialise(self._optimizer)
+            group["params"] = []
+            if on_disk:
+                self._zero._optimizer_states_and_gradient_swap_out(number)
 
     def _put(self, name: str, value: Tensor) -> None:
         """Give a parameter its values, and ZeRO's copy of them too. value: whole."""
