@@ -45,8 +45,9 @@ class Ranks:
 
     address, port: where rank 0 listens for the others; a restart takes the next port, as the old one may be in use
     still. run_dir, job: logs of the ranks go into its log folder of this job; run_dir None: to the console. echo: show
-    rank 0's log on the console. parent: process that this one is to end with, ranks and all (0: none), as SLURM's daemon
-    of a step: nobody would end them any more. local: number of the first one on its machine, of per_node (0: all are here).
+    rank 0's log on the console. parent: process that this one is to end with, ranks and all (0: none), as SLURM's
+    daemon of a step: nobody would end them any more. local: number of the first one on its machine, of per_node (0: all
+    are here).
     """
 
     command: list[str]

@@ -81,10 +81,12 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for_log(run_dir: Path, start: int, line: str) -> None:
+def wait_for_log(started: subprocess.Popen[str], run_dir: Path, line: str) -> None:
     deadline = time.monotonic() + 120
-    while not any(line in path.read_text() for path in run_dir.glob(f"logs/*.{start}/rank-00000.log")):
-        assert time.monotonic() < deadline
+    while not any(line in path.read_text() for path in run_dir.glob("logs/*.0/rank-00000.log")):
+        if started.poll() is not None or time.monotonic() > deadline:
+            started.kill()
+            pytest.fail(started.communicate()[0])
         time.sleep(0.05)
 
 
@@ -93,7 +95,7 @@ def test_a_killed_rank_restarts_all_from_the_last_checkpoint(tmp_path, tiny_shar
     length = ["train.steps=40", "checkpoint.every=10", "checkpoint.async=false"]
     run_dir = tmp_path / "run"
     started = start([*small_job(run_dir, tiny_shards), *length, "--restarts", "1"])
-    wait_for_log(run_dir, 0, "saved")
+    wait_for_log(started, run_dir, "saved")
     psutil.Process(started.pid).children()[1].send_signal(signal.SIGKILL)
     output, _ = started.communicate(timeout=150)
     assert started.returncode == 0, output
@@ -114,7 +116,7 @@ def test_mistakes_and_stops_are_not_restarted(tmp_path, tiny_shards):
     assert "resume there with a lower optim.lr" in output.splitlines()[-2]
     run_dir = tmp_path / "stopped"
     stopped = start([*small_job(run_dir, tiny_shards), "train.steps=100000", "--restarts", "3"])
-    wait_for_log(run_dir, 0, "step")
+    wait_for_log(stopped, run_dir, "step")
     stopped.terminate()
     output, _ = stopped.communicate(timeout=60)
     assert stopped.returncode == 0 and "by a signal" in output and "restarting" not in output
@@ -124,7 +126,7 @@ def test_mistakes_and_stops_are_not_restarted(tmp_path, tiny_shards):
 def test_ranks_end_with_what_started_them(tmp_path, tiny_shards):
     run_dir = tmp_path / "run"
     started = start([*small_job(run_dir, tiny_shards), "train.steps=100000"])
-    wait_for_log(run_dir, 0, "step")
+    wait_for_log(started, run_dir, "step")
     children = psutil.Process(started.pid).children()
     assert len(children) == 2
     started.kill()
