@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -29,12 +30,38 @@ class _OnHost(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.cuda:
+            return args[0]
         if kwargs.get("device") is not None and str(kwargs["device"]).startswith("cuda"):
             kwargs = {**kwargs, "device": HOST}
+        if func in (dist.all_gather, dist.reduce_scatter):
+            return _UNEVEN[func](*args, **kwargs)
         found = func(*args, **kwargs)
         if func is Tensor.type and isinstance(found, str):
             return found.replace("torch.", "torch.cuda.", 1)
         return found
+
+
+def _gather(outputs: list[Tensor], own: Tensor, group: Any = None, async_op: bool = False) -> None:
+    """all_gather, of parts of different lengths too, which gloo lacks."""
+    assert not async_op
+    longest = max(len(output) for output in outputs)
+    padded = own.new_zeros(longest, *own.shape[1:])
+    padded[: len(own)] = own
+    every = [torch.empty_like(padded) for _ in outputs]
+    dist.all_gather(every, padded, group=group)
+    for output, part in zip(outputs, every, strict=True):
+        output.copy_(part[: len(output)])
+
+
+def _scatter(output: Tensor, parts: list[Tensor], group: Any = None) -> None:
+    """reduce_scatter, to parts of different lengths too."""
+    total = torch.cat(parts)
+    dist.all_reduce(total, group=group)
+    output.copy_(total.split([len(part) for part in parts])[dist.get_rank(group)])
+
+
+_UNEVEN: dict[Any, Callable[..., None]] = {dist.all_gather: _gather, dist.reduce_scatter: _scatter}
 
 
 def _listed(group: Any, rows: Tensor, received: Any = None, sent: Any = None, **options: Any) -> Any:

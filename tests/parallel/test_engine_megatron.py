@@ -1,0 +1,245 @@
+"""The Megatron-Core engine: the native engine's numbers in every layout, resumes from and to it, and what it refuses.
+
+Everything that imports Megatron runs on ranks, which are processes of their own.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.world import World
+from pretrain.config import RunConfig, resolve
+from pretrain.objectives import OBJECTIVES
+from pretrain.train import build_engine, train
+from pretrain.verify import run_steps
+from tests.pretrain.test_train import losses, tensors
+from tests.ranks import run_ranks
+from tests.small import small_overrides
+
+needs_megatron = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None, reason="needs megatron-core (pip extra megatron)"
+)
+SMALL = [
+    "train.precision=fp32",
+    "train.compile=off",
+    "model.vocab_size=512",
+    "model.hidden=64",
+    "model.layers=4",
+    "model.heads=4",
+    "model.kv_heads=2",
+    "model.ffn=96",
+    "model.max_seq_len=64",
+    "data.seq_len=64",
+    "train.global_batch=8",
+    "train.micro_batch=2",
+    "optim.eps=1e-3",  # a gradient's size: AdamW would make whole steps of what is nothing but rounding
+]
+DENSE = ["model.tied=false", "model.qkv_bias=true", "model.qk_norm=head", "model.rope.theta=5000.0"]
+TIED = ["model.tied=true", "model.norm=layer", "model.positions=learned", "model.gated=false", "model.activation=gelu"]
+OTHER = [
+    "model.tied=true",
+    "model.mlp_bias=true",
+    "model.out_bias=true",
+    "model.qkv_bias=true",
+    'model.pattern=["sliding","full"]',
+    "model.window=9",
+    "model.norm=rms_unit",
+    "model.embedding_scale=8.0",
+    "model.logit_softcap=20.0",
+    "model.attention_softcap=30.0",
+    "train.recompute=full",
+]
+MOE = ["model.tied=false", "model.moe.experts=4", "model.moe.top_k=2", "model.moe.ffn=48"]
+MIXED = [
+    *MOE,
+    "model.moe.first_dense=1",
+    "model.moe.shared_ffn=32",
+    "model.moe.shared_gate=true",
+    "model.moe.scores=sigmoid",
+    "model.moe.bias=true",
+    "model.moe.groups=2",
+    "model.moe.balance=sequence",
+]
+REPLICAS = ["parallel.dp_replicate=2", "parallel.dp_shard=1"]
+INTERLEAVED = ["parallel.pp=2", "parallel.schedule=interleaved1f1b"]
+
+Outcome = dict[str, Any]
+
+
+def _world() -> World:
+    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+
+
+def _run(overrides: list[str], steps: int) -> Outcome:
+    outcome = run_steps(resolve("tiny", [*SMALL, *overrides])[0], _world(), steps)
+    return {"numbers": outcome.numbers["losses"], "norms": outcome.numbers["norms"], **outcome.tensors}
+
+
+def _compare(overrides: list[str], layouts: list[list[str]], steps: int) -> list[dict[str, float]]:
+    """How far each layout on Megatron is from the native engine, relative."""
+    native = _run(overrides, steps)
+    return [_distances(_run(["engine=megatron", *overrides, *layout], steps), native) for layout in layouts]
+
+
+def _distances(ours: Outcome, native: Outcome) -> dict[str, float]:
+    def furthest(kind: str) -> float:
+        assert ours[kind]
+        scale = max(float(tensor.norm()) for tensor in native[kind].values()) * 1e-3
+        return max(_relative(ours[kind][name], native[kind][name], scale) for name in ours[kind])
+
+    first = "gradient norm of step 1"
+    return {
+        "losses": max(_relative(ours["numbers"][name], value) for name, value in native["numbers"].items()),
+        "first norm": _relative(ours["norms"][first], native["norms"][first]),
+        "initial weights": furthest("initial weights"),
+        "gradients": furthest("gradients"),
+        "weights": furthest("weights"),
+    }
+
+
+def _relative(ours: Tensor | float, native: Tensor | float, scale: float = 1e-9) -> float:
+    """scale: what smaller norms count as: a key's bias has no gradient but rounding."""
+    ours, native = torch.as_tensor(ours).double(), torch.as_tensor(native).double()
+    return float((ours - native).norm() / native.norm().clamp(min=scale))
+
+
+def check(world: int, overrides: list[str], layouts: list[list[str]]) -> None:
+    limits = {"losses": 2e-6, "first norm": 1e-6, "initial weights": 0.0, "gradients": 5e-6, "weights": 2e-5}
+    for found in run_ranks(_compare, world, overrides, layouts, 4, timeout=280):
+        for layout, distances in zip(layouts, found, strict=True):
+            assert all(distances[key] <= limit for key, limit in limits.items()), (layout, distances)
+
+
+@needs_megatron
+@pytest.mark.slow
+def test_two_processes_equal_the_native_engine():
+    check(2, DENSE, [REPLICAS, ["parallel.dp_shard=2"], ["parallel.tp=2"], ["parallel.pp=2"], INTERLEAVED])
+
+
+@needs_megatron
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [TIED, OTHER], ids=["learned", "windows"])
+def test_other_decoders_equal_the_native_engine(model):
+    check(2, model, [["parallel.tp=2"], ["parallel.pp=2"]])
+
+
+@needs_megatron
+@pytest.mark.slow
+def test_context_parallelism_equals_the_native_engine():
+    """Documents are cut anywhere, and may not see each other."""
+    cp = ["parallel.cp=2", "parallel.dp_shard=1"]
+    check(2, DENSE, [cp, [*cp, "parallel.cp_method=ring"]])
+
+
+@needs_megatron
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [MOE, MIXED], ids=["global", "sequence"])
+def test_experts_equal_the_native_engine(model):
+    check(2, model, [["parallel.ep=2"], ["parallel.dp_shard=2"], ["parallel.tp=2"], ["parallel.pp=2"]])
+
+
+@needs_megatron
+@pytest.mark.slow
+def test_four_processes_equal_the_native_engine():
+    layouts = [["parallel.tp=2", "parallel.pp=2"], ["parallel.dp_shard=2", *INTERLEAVED]]
+    check(4, ["model.tied=true"], layouts)
+    check(4, MIXED, [["parallel.tp=2", "parallel.ep=2"], ["parallel.ep=2", "parallel.pp=2"]])
+
+
+def _trainings(runs: list[tuple[Path, Path, list[str]]]) -> None:
+    for folder, shards, overrides in runs:
+        train(_config(folder, shards, overrides), _world())
+
+
+def _config(folder: Path, shards: Path, overrides: list[str]) -> RunConfig:
+    model = ["model.heads=4", "model.kv_heads=2", "train.precision=fp32", "train.micro_batch=2", "train.steps=6"]
+    return resolve("tiny", [*small_overrides(folder, shards), *model, *overrides])[0]
+
+
+@needs_megatron
+@pytest.mark.slow
+def test_one_process_equals_the_native_engine_over_twenty_steps(tmp_path, tiny_shards):
+    names = {"torch": tmp_path / "torch", "megatron": tmp_path / "megatron"}
+    runs = [(folder, tiny_shards, [f"engine={name}", "train.steps=20"]) for name, folder in names.items()]
+    run_ranks(_trainings, 1, runs, timeout=120)
+    torch.testing.assert_close(losses(names["megatron"]), losses(names["torch"]), rtol=1e-5, atol=0)
+
+
+@needs_megatron
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [[], MOE], ids=["dense", "experts"])
+def test_runs_change_between_engines_at_a_checkpoint(tmp_path, tiny_shards, model):
+    megatron = ["engine=megatron"]
+    shared = ["parallel.ep=2"] if model else ["parallel.dp_shard=2"]
+    pairs = {
+        "native, then tp": ([], [*megatron, "parallel.tp=2"]),
+        "shared, then native": ([*megatron, *shared], ["parallel.tp=2"]),
+        "pp, then shared": ([*megatron, "parallel.pp=2"], [*megatron, *shared]),
+        "tp, then pp": ([*megatron, "parallel.tp=2"], [*megatron, "parallel.pp=2"]),
+    }
+    runs = [(tmp_path / "whole", tiny_shards, model)]
+    for name, (before, after) in pairs.items():
+        runs.append((tmp_path / name, tiny_shards, [*model, *before, "train.stop_at=3"]))
+        runs.append((tmp_path / name, tiny_shards, [*model, *after]))
+    run_ranks(_trainings, 2, runs, timeout=280)
+    names = {name.split(":")[1] for name in tensors(tmp_path / "whole", 6)}
+    for name in pairs:
+        torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "whole"), rtol=1e-5, atol=0)
+        shards = tensors(tmp_path / name, 6)
+        assert {key.split(":")[1] for key in shards} == names
+        steps = [tensor for key, tensor in shards.items() if ":step." in key]
+        assert steps and all(float(step) == 6 for step in steps)
+
+
+REFUSED = {
+    "model.kv_heads = 1 over parallel.tp = 2": ["parallel.tp=2", "model.kv_heads=1"],
+    "model.vocab_size = 511": ["parallel.tp=2", "model.vocab_size=511"],
+    "model.layers = 3 is not a multiple of the 2 stages": ["parallel.pp=2", "model.layers=3"],
+    "train.global_batch = 6 is not a multiple of 4": [*INTERLEAVED, "train.global_batch=6"],
+    "1f1b has one stage a process": ["parallel.pp=2", "parallel.stages_per_rank=2"],
+    "parallel.ep = 2, but the model has no experts": ["parallel.ep=2"],
+}
+
+
+def _refusals(cases: list[list[str]]) -> list[str]:
+    messages = []
+    for overrides in cases:
+        config = resolve("tiny", [*SMALL, "engine=megatron", *overrides])[0]
+        try:
+            build_engine(config, _world(), OBJECTIVES["causal"][1](config.objective))
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            messages.append("nothing")
+    return messages
+
+
+@needs_megatron
+@pytest.mark.slow
+def test_layouts_are_refused_before_anything_runs():
+    for messages in run_ranks(_refusals, 2, list(REFUSED.values()), timeout=120):
+        for words, message in zip(REFUSED, messages, strict=True):
+            assert words in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["model.mla.kv_rank=16", "model.kv_heads=0"], "model.mla"),
+        (["model.qk_norm=full"], "model.qk_norm"),
+        (["model.norm_position=post"], "model.norm_position"),
+        (["model.mlp_bias=true"], "model.qkv_bias|model.out_bias"),
+        (["model.moe.choice=expert", "model.moe.balance=none"], "model.moe.choice"),
+        (["model.moe.capacity=1.25"], "model.moe.capacity"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_models_are_refused_with_the_recipe(overrides, key):
+    with pytest.raises(ValueError, match=f"cannot do ({key}).*torch") as raised:
+        resolve("tiny", ["engine=megatron", "train.precision=fp32", *overrides])
+    assert "\n" not in str(raised.value)
