@@ -2,10 +2,13 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
+from checkpoints.collective import Ranks
 from checkpoints.commit import find_steps
-from checkpoints.manifest import MANIFEST, Manifest, Origin, Progress
+from checkpoints.manifest import MANIFEST, Manifest, Origin, Progress, checksum
 from checkpoints.retention import find_step, is_pinned
 
 Problems = list[str]  # one line each
@@ -50,6 +53,26 @@ def newest_whole(folder: Path) -> int | None:
             return info.step
         log.warning("skipping a broken checkpoint: %s", info.problem)
     return None
+
+
+def newest_sound(folder: Path, ranks: Ranks) -> int | None:
+    """Collective. As `newest_whole`, but contents are read and compared too, each file by one of the ranks."""
+    infos = ranks.on_first(lambda: [[info.step, str(info.path), info.problem] for info in list_checkpoints(folder)])
+    for step, path, problem in reversed(infos):
+        if problem is None:
+            found = ranks.together(partial(_damaged, Path(path), ranks.rank, ranks.size))
+            problem = next(chain.from_iterable(found), None)
+        if problem is None:
+            return int(step)
+        if ranks.rank == 0:
+            log.warning("skipping a broken checkpoint: %s", problem)
+    return None
+
+
+def _damaged(path: Path, rank: int, size: int) -> Problems:
+    files = Manifest.read(path).files
+    mine = sorted(files)[rank::size]
+    return [f"{path / name} is damaged" for name in mine if checksum(path / name) != files[name].crc32]
 
 
 def verify_checkpoint(folder: Path, step: int, progress: Progress | None = None) -> Problems:

@@ -19,7 +19,14 @@ from checkpoints.background import Background, Report
 from checkpoints.collective import CheckpointError, Ranks
 from checkpoints.commit import Snapshot, not_saved, shard_name, write_checkpoint
 from checkpoints.fit import check_state, check_tensors, misfits, tie_targets
-from checkpoints.listing import CheckpointInfo, Problems, list_checkpoints, newest_whole, verify_checkpoint
+from checkpoints.listing import (
+    CheckpointInfo,
+    Problems,
+    list_checkpoints,
+    newest_sound,
+    newest_whole,
+    verify_checkpoint,
+)
 from checkpoints.manifest import STATE, Manifest, Origin, Progress
 from checkpoints.pieces import Contents, Plan, local_part, make_plan, signature
 from checkpoints.remote import Remote
@@ -194,6 +201,10 @@ class CheckpointStore:
     def newest_whole(self) -> int | None:
         """As `listing.newest_whole`. `load(None, ...)` makes all ranks agree on what rank 0 finds."""
         return newest_whole(self.folder)
+
+    def newest_sound(self) -> int | None:
+        """Collective. As `listing.newest_sound`."""
+        return newest_sound(self.folder, self._join())
 
     def list(self) -> list[CheckpointInfo]:
         """As `listing.list_checkpoints`."""

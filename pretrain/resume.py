@@ -29,15 +29,15 @@ class Position:
     mixture: list[Any] | None = None  # the history of the data mixture, from the checkpoint
 
 
-def check_resume(config: RunConfig, store: CheckpointStore) -> int | None:
-    """Step of the checkpoint to continue from, or None for a new run, as `run.resume` allows."""
-    if (fetched := store.fetch()) is not None:
-        print(f"fetched the checkpoint of step {fetched} from {config.checkpoint.remote}", flush=True)
-    found = store.newest_whole()
+def check_resume(config: RunConfig, store: CheckpointStore, found: int | None) -> None:
+    """Raises ValueError or FileNotFoundError where `run.resume` does not allow to go on from step `found`, or, None, to
+    start anew.
+    """
     if found is None and (broken := store.list()):
+        why = broken[-1].problem or f"checksums of step {broken[-1].step} do not match"
         raise ValueError(
-            f"{store.folder} has {len(broken)} checkpoints and none is whole ({broken[-1].problem}); restore one, or "
-            "choose another run.dir to start anew"
+            f"{store.folder} has {len(broken)} checkpoints and none is whole ({why}); restore one, or choose another "
+            "run.dir to start anew"
         )
     if found is None and config.run.resume == "must":
         raise FileNotFoundError(f'run.resume = "must", but {store.folder} has no whole checkpoint; check run.dir')
@@ -50,7 +50,6 @@ def check_resume(config: RunConfig, store: CheckpointStore) -> int | None:
             f"train.steps = {config.train.steps}, but {config.run.dir} is at step {found} already; raise train.steps "
             "or choose another run.dir"
         )
-    return found
 
 
 def resume(store: CheckpointStore, step: int, engine: Engine, world: World, afresh: bool = False) -> Position:

@@ -98,7 +98,10 @@ def train(
 def _train(config: RunConfig, world: World, ranks: Ranks, beat: Heartbeat, resume_command: str) -> Position:
     run_dir = Path(config.run.dir)
     store = open_store(config)
-    found = ranks.on_first(lambda: check_resume(config, store))
+    if (fetched := ranks.on_first(store.fetch)) is not None:
+        _say(world, f"fetched the checkpoint of step {fetched} from {config.checkpoint.remote}")
+    found = store.newest_sound()
+    ranks.on_first(lambda: check_resume(config, store, found))
     config = with_tokenizer(config)
     datasets = open_datasets(config, ranks.on_first)
     for dataset in datasets:

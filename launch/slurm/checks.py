@@ -27,7 +27,9 @@ def check_run(config: RunConfig, processes: int) -> bool:
     checkpoints = Path(config.run.dir) / "checkpoints"
     if not checkpoints.is_dir() and config.run.resume != "must":
         return True
-    found = check_resume(config, CheckpointStore(checkpoints))
+    store = CheckpointStore(checkpoints)
+    found = store.newest_whole()
+    check_resume(config, store, found)
     return found is None or found < (config.train.stop_at or config.train.steps)
 
 

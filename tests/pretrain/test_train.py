@@ -335,3 +335,23 @@ def test_average_of_the_weights(tmp_path, tiny_shards, capsys):
     assert all(torch.equal(made[name], average[name]) for name in made)
     assert main(["checkpoint", "ema", str(tmp_path / "late"), str(tmp_path / "none")]) == 2
     assert "holds no moving average" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_sends_the_run_back_to_the_checkpoint_before(tmp_path, tiny_shards, caplog):
+    """Bit for bit as if it had never happened; where none is sound the run says so and starts nothing."""
+    chosen = ["train.steps=6", "checkpoint.every=2"]
+    train(small_config(tmp_path / "whole", tiny_shards, *chosen), ALONE)
+    train(small_config(tmp_path / "run", tiny_shards, *chosen, "train.stop_at=4"), ALONE)
+    for step in (4, 2):
+        file = next((tmp_path / f"run/checkpoints/step-{step:08d}/optimizer").iterdir())
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+        if step == 4:
+            train(small_config(tmp_path / "run", tiny_shards, *chosen), ALONE)
+            assert f"skipping a broken checkpoint: {file} is damaged" in caplog.text
+            assert_same_tensors(tmp_path / "whole", tmp_path / "run", 6)
+            shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
+            shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
+    with pytest.raises(ValueError, match=r"1 checkpoints and none is whole \(checksums of step 2 do not match\)"):
+        train(small_config(tmp_path / "run", tiny_shards, *chosen), ALONE)
