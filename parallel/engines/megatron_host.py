@@ -20,6 +20,7 @@ CUDA: dict[str, Any] = {
     "current_stream": mock.MagicMock,
     "stream": lambda _: nullcontext(),
 }
+_all_gather = dist.all_gather
 _all_to_all = token_dispatcher.all_to_all
 
 
@@ -34,8 +35,6 @@ class _OnHost(TorchFunctionMode):
             return args[0]
         if kwargs.get("device") is not None and str(kwargs["device"]).startswith("cuda"):
             kwargs = {**kwargs, "device": HOST}
-        if func in (dist.all_gather, dist.reduce_scatter):
-            return _UNEVEN[func](*args, **kwargs)
         found = func(*args, **kwargs)
         if func is Tensor.type and isinstance(found, str):
             return found.replace("torch.", "torch.cuda.", 1)
@@ -49,19 +48,19 @@ def _gather(outputs: list[Tensor], own: Tensor, group: Any = None, async_op: boo
     padded = own.new_zeros(longest, *own.shape[1:])
     padded[: len(own)] = own
     every = [torch.empty_like(padded) for _ in outputs]
-    dist.all_gather(every, padded, group=group)
+    _all_gather(every, padded, group=group)
     for output, part in zip(outputs, every, strict=True):
         output.copy_(part[: len(output)])
 
 
-def _scatter(output: Tensor, parts: list[Tensor], group: Any = None) -> None:
+def _scatter(
+    output: Tensor, parts: list[Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+) -> None:
     """reduce_scatter, to parts of different lengths too."""
+    assert not async_op
     total = torch.cat(parts)
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total, op=op, group=group)
     output.copy_(total.split([len(part) for part in parts])[dist.get_rank(group)])
-
-
-_UNEVEN: dict[Any, Callable[..., None]] = {dist.all_gather: _gather, dist.reduce_scatter: _scatter}
 
 
 def _listed(group: Any, rows: Tensor, received: Any = None, sent: Any = None, **options: Any) -> Any:
@@ -77,5 +76,7 @@ def on_host() -> Iterator[None]:
         if not torch.cuda.is_available():
             stack.enter_context(mock.patch.multiple(torch.cuda, **CUDA))
             stack.enter_context(mock.patch.object(token_dispatcher, "all_to_all", _listed))
+            # Not by the mode below, which backward does not enter.
+            stack.enter_context(mock.patch.multiple(dist, all_gather=_gather, reduce_scatter=_scatter))
             stack.enter_context(_OnHost())
         yield
