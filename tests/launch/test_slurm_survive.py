@@ -136,3 +136,12 @@ def test_fewer_nodes_keep_the_global_batch(tmp_path):
     assert fitting(1, dp_shard=-1, tp=4) == 0
     assert fitting(3, dp_shard=4) == 0
     assert goal(tmp_path) == 9
+
+
+def test_a_preempted_job_saves_and_comes_back(slurm, tmp_path, tiny_shards):
+    job = start_job(slurm, tmp_path / "run", tiny_shards, *ENDLESS, launcher="srun")
+    wait_for_start(job, 0, 3)
+    slurm.submit("--partition=urgent", "--nodes=3", "--exclusive", "--wrap=sleep 3")
+    wait_for_start(job, 1, 2)
+    assert job.attempts[1]["step"] % 10 or job.attempts[1]["step"] >= 13  # saved when told, not only when due
+    assert ("preempted or cancelled", 0) in job.ends
