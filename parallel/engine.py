@@ -134,7 +134,6 @@ ENGINES = {
             "optim.freeze": ((),),
             "optim.lr_ratios": ({},),
             "optim.ema": (0.0,),
-            "train.precision": ("fp32", "fp64"),
             "train.compile": ("auto", "off"),
             "parallel.schedule": ("1f1b", "interleaved1f1b"),
             "parallel.stage_layers": ((),),

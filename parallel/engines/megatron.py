@@ -6,6 +6,7 @@ loss is divided by the global count of targets before backward, and gradients ar
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -61,7 +62,7 @@ class MegatronEngine:
         totals: Sums = {}
         batches = [self._to_device(batch) for batch in microbatches]
         self._routers.begin(1 / count)
-        with on_host():
+        with on_host(), self._autocast():
             for model in self._models:
                 model.zero_grad_buffer()
             iterators = [iter(batches) for _ in self._models]
@@ -83,7 +84,7 @@ class MegatronEngine:
         like: Batch | None = None
         for batch in microbatches:
             like = self._to_device(batch)
-            with on_host():
+            with on_host(), self._autocast():
                 self._run_stages(like, totals)
         if like is None:
             raise ValueError("no micro-batch was given: the data has fewer samples than one micro-batch needs")
@@ -241,6 +242,12 @@ class MegatronEngine:
     def _wrapped(self, entry: Any, values: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         parts = entry.split(values)
         return {self._tied.get(name, name): self._places.wrap(entry, name, part) for name, part in parts.items()}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Around backward too: Megatron's own products in it are not recorded by autograd."""
+        if self.spec.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     def _to_device(self, batch: Batch) -> Batch:
         mine = {name: self._split(value) if name in self._cut else value for name, value in batch.items()}

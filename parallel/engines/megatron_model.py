@@ -1,9 +1,9 @@
 """GPTModel from a family's facts: layer specs with our own norms, attention core and router, hidden states out."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from parallel.engines.megatron_facts import MegatronFacts
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of parameters
 
 
 def make_config(facts: MegatronFacts, degrees: dict[str, int], chunks: int, precision: str) -> TransformerConfig:
@@ -94,10 +94,10 @@ def layer_specs(facts: MegatronFacts, layers: range) -> TransformerBlockSubmodul
             submodules=TransformerLayerSubmodules(
                 input_layernorm=norm,
                 self_attention=attention,
-                self_attn_bda=get_bias_dropout_add,
+                self_attn_bda=_add,
                 pre_mlp_layernorm=norm,
                 mlp=sparse if facts.sparse[index] else dense,
-                mlp_bda=get_bias_dropout_add,
+                mlp_bda=_add,
             ),
         )
 
@@ -158,11 +158,28 @@ class Chunk(GPTModel):
         return hidden_states
 
 
+def _add(training: bool, fused: bool) -> Callable[..., Tensor]:
+    """The residual stream, which keeps its dtype: Megatron's own goes down to that of what is added."""
+
+    def add(branch: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
+        out, bias = branch
+        return residual + (out if bias is None else out + bias)
+
+    return add
+
+
+def _computed(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+    """A norm's output in what products are computed in, before it is gathered over tensor-parallel processes."""
+    device = out.device.type
+    return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
+
+
 def _norm_class(facts: MegatronFacts) -> type:
     def make(_: type, config: TransformerConfig, hidden_size: int, eps: float = 0.0, **__: Any) -> nn.Module:
         norm = facts.norm(hidden_size)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        norm.register_forward_hook(_computed)
         return norm
 
     return type("Norm", (), {"__new__": make})

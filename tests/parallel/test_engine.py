@@ -29,7 +29,7 @@ def test_no_engine_that_can_is_said_too(monkeypatch):
     ("overrides", "words"),
     [
         (["engine=megatorn"], "unknown: one of torch, megatron"),
-        (["engine=megatron", "train.precision=bf16"], 'train.precision = "bf16"'),
+        (["engine=megatron", "train.compile=on"], "train.compile"),
         (["engine=megatron", "train.precision=fp32", 'optim.freeze=["layers.0.*"]'], "optim.freeze"),
         (["engine=megatron", "train.precision=fp32", "parallel.schedule=gpipe"], '"interleaved1f1b"'),
     ],

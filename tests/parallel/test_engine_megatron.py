@@ -172,6 +172,18 @@ def test_one_process_equals_the_native_engine_over_twenty_steps(tmp_path, tiny_s
 
 @needs_megatron
 @pytest.mark.slow
+def test_mixed_precision_is_that_of_the_native_engine(tmp_path, tiny_shards):
+    layouts = {"native": [], "tp": ["engine=megatron", "parallel.tp=2"], "pp": ["engine=megatron", "parallel.pp=2"]}
+    bf16 = ["train.precision=bf16", "train.steps=10"]
+    run_ranks(_trainings, 2, [(tmp_path / name, tiny_shards, [*bf16, *over]) for name, over in layouts.items()])
+    for name in ("tp", "pp"):
+        torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "native"), rtol=2e-3, atol=0)
+        moments = tensors(tmp_path / name, 10)
+        assert all(tensor.dtype == torch.float32 for tensor in moments.values())
+
+
+@needs_megatron
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [[], MOE], ids=["dense", "experts"])
 def test_runs_change_between_engines_at_a_checkpoint(tmp_path, tiny_shards, model):
     megatron = ["engine=megatron"]
