@@ -156,8 +156,9 @@ class Supervisor:
                 tail.close()
 
     def _meeting_point(self, nodes: Sequence[str], restart: int) -> dict[str, str]:
-        # Below the range of ports that the system gives away; another one for each start.
-        port = 20000 + 2 * ((int(self.id) * 13 + restart) % 6000)
+        # Below the range of ports that the system gives away; another one for each start, and for the job of another
+        # cluster with the same number.
+        port = 20000 + 2 * ((int(self.id) * 13 + os.getpid() * 101 + restart) % 6000)
         return {**os.environ, "MASTER_ADDR": allocation.address(nodes[0]), "MASTER_PORT": str(port)}
 
     def _srun(self, nodes: Sequence[str], per_node: int, log: Path) -> list[str]:

@@ -40,10 +40,11 @@ def survive(cluster: Cluster, folder: Path, shards: Path, faults: int, seed: int
         if early:
             time.sleep(choose.uniform(0.5, 6))
         else:
-            wanted = job.attempts[number]["step"] + choose.randint(6, 14)
-            job.wait_for(lambda start=number, step=wanted: job.step_of(start) >= step, 150)
+            more = choose.randint(6, 14)
+            job.wait_for(lambda steps=more: job.step_of(-1) >= job.attempts[-1]["step"] + steps, 150)
+            number = len(job.attempts) - 1  # a start may have failed on its own, as for a port that is taken
         fault = choose.choice(FAULTS)
-        told.append(f"{fault} at step {job.step_of(number)}{' (starting)' if early else ''}")
+        told.append(f"{fault} at step {job.step_of(-1)}{' (starting)' if early else ''}")
         print(told[-1], flush=True)
         harm(job, fault, choose)
     job.finish(timeout=60 + steps)

@@ -46,7 +46,7 @@ class TrainingJob:
         return int(lines[-1]["step"]) if lines else 0
 
     def step_of(self, number: int) -> int:
-        """The last step of start `number` (from 0) of the run, as its log tells."""
+        """The last step of start `number` of the run (from 0; -1: the last one), as its log tells."""
         attempt = self.attempts[number]
         path = self.run_dir / f"logs/{attempt['job']}.{attempt['restart']}/rank-00000.log"
         lines = re.findall(r"^step +(\d+)/", path.read_text(), re.MULTILINE) if path.exists() else []
