@@ -7,6 +7,7 @@ DeepSpeed's own, inside `step`.
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable
 
 import deepspeed
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.across import check_across, over_data
 from parallel.engine import Batch, EngineSpec, Sums
-from parallel.engines.deepspeed_build import Computation, build_model, check_storage, fill, make_config
+from parallel.engines.deepspeed_build import Computation, build_model, check_options, fill, make_config
 from parallel.engines.deepspeed_options import DeepSpeedOptions
 from parallel.engines.deepspeed_state import CutState, State, WholeState
 from parallel.expert import Routers
@@ -33,7 +34,7 @@ class DeepSpeedEngine:
 
     def __init__(self, spec: EngineSpec, world: World):
         options = DeepSpeedOptions.model_validate(dict(spec.options))
-        check_storage(options)
+        check_options(options, spec.compile)
         degrees = resolve_degrees(spec.parallel, world.size)
         # How much of the state they share is for ZeRO to say: both axes are one.
         self.data_world = degrees["dp_replicate"] * degrees["dp_shard"]
@@ -51,6 +52,8 @@ class DeepSpeedEngine:
         self._accumulation = spec.global_batch // (spec.micro_batch * self.data_world)
         self._max_norm, self._largest = spec.clip_grad_norm, spec.plan.largest
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Of torch 2.13, about names that DeepSpeed 0.19 uses at every step.
+        warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
 
         model = build_model(spec)
         self.optimizer = spec.make_optimizer(model.named_parameters())

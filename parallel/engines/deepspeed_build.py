@@ -32,8 +32,15 @@ class Computation(Stage):
         return sums
 
 
-def check_storage(options: DeepSpeedOptions) -> None:
-    """Raises ValueError where state is to lie on nvme and DeepSpeed cannot read and write there."""
+def check_options(options: DeepSpeedOptions, compiling: bool) -> None:
+    """Raises ValueError where state is to lie on nvme and DeepSpeed cannot read and write there, and for blocks that
+    are to be compiled while their parameters come and go.
+    """
+    if compiling and options.zero == 3:
+        raise ValueError(
+            "deepspeed.zero = 3 gathers parameters within blocks, which torch cannot compile; set train.compile = "
+            '"off", or deepspeed.zero = 2'
+        )
     places = {"offload_optimizer": options.offload_optimizer, "offload_parameters": options.offload_parameters}
     for key, place in places.items():
         if place == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):

@@ -55,11 +55,11 @@ EVERY = [[NATIVE], *(zero(stage) for stage in range(4)), zero(3, "deepspeed.pers
 class Trained:
     """An engine on synthetic batches, those of a step the same whatever the layout."""
 
-    def __init__(self, overrides: list[str], recipe: str = "tiny"):
+    def __init__(self, overrides: list[str], recipe: str = "tiny", compiling: bool = False):
         self.config = resolve(recipe, [*SMALL, *overrides])[0]
         self.objective = OBJECTIVES["causal"][1](self.config.objective)
         self.world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-        self.engine: Any = build_engine(self.config, self.world, self.objective)
+        self.engine: Any = build_engine(self.config, self.world, self.objective, compiling)
 
     def batches(self, step: int) -> list[dict[str, Any]]:
         generator, size = torch.Generator().manual_seed(step), self.config.train.global_batch
@@ -210,16 +210,22 @@ def _other_batches() -> str:
     return str(raised.value)
 
 
-def test_a_disk_without_its_library_is_refused(tmp_path):
-    message = run_ranks(_on_disk, 1, str(tmp_path))[0]
-    if not message:
+def test_what_cannot_work_here_is_refused(tmp_path):
+    compiled, on_disk = run_ranks(_refused, 1, str(tmp_path))[0]
+    assert 'set train.compile = "off", or deepspeed.zero = 2' in compiled
+    if not on_disk:
         pytest.skip("libaio is installed here")
-    assert 'deepspeed.offload_optimizer = "nvme" needs libaio' in message and 'or set it to "cpu"' in message
+    assert 'deepspeed.offload_optimizer = "nvme" needs libaio' in on_disk and 'or set it to "cpu"' in on_disk
 
 
-def _on_disk(folder: str) -> str:
-    try:
-        Trained(zero(3, "deepspeed.offload_optimizer=nvme", f"deepspeed.nvme_path={folder}"))
-    except ValueError as error:
-        return str(error)
-    return ""
+def _refused(folder: str) -> list[str]:
+    disk = ["deepspeed.offload_optimizer=nvme", f"deepspeed.nvme_path={folder}"]
+    messages = []
+    for overrides, compiling in ((zero(3), True), (zero(3, *disk), False)):
+        try:
+            Trained(overrides, compiling=compiling)
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            messages.append("")
+    return messages

@@ -1,0 +1,139 @@
+"""What our wrapping costs: a training step of an engine beside the same model in the bare library.
+
+    python -m tests.bench.bench_engines [--rounds 40] [--zero 0 1 2 3]
+
+Two processes on one host with gloo, a decoder of 7M parameters, 4 rows of 128 tokens each, fp32, gradients clipped,
+torch's fused AdamW in both. Ours is `pretrain.train.train_step`: the count of targets over all processes, losses as
+sums, the norm before the update. Bare is the loop of DeepSpeed's tutorial: forward, backward, step. Both live in the
+same processes and take turns at every step, so that whatever else the machine does hits both. The figures are medians
+over all pairs of ours / bare: of wall time, and of the processor time of one process, which a busy machine disturbs
+less.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from parallel.world import World
+from pretrain.config import RunConfig, resolve
+from pretrain.models import FAMILIES
+from pretrain.objectives import OBJECTIVES
+from pretrain.optim import build_optimizer
+from pretrain.train import build_engine, train_step
+from tests.ranks import run_ranks
+
+RANKS, ROWS, LENGTH = 2, 4, 128
+AIM = 1.03
+WARMUP = 5
+SETTINGS = [
+    "train.precision=fp32",
+    "train.compile=off",
+    f"train.global_batch={RANKS * ROWS}",
+    f"train.micro_batch={ROWS}",
+    f"data.seq_len={LENGTH}",
+    "model.hidden=256",
+    "model.layers=6",
+    "model.ffn=704",
+    "model.heads=8",
+    "model.vocab_size=8192",
+    "engine=deepspeed",
+]
+
+
+def wrapped(settings: RunConfig, world: World) -> Callable[[], None]:
+    objective = OBJECTIVES["causal"][1](settings.objective)
+    engine = build_engine(settings, world, objective)
+    batch = objective.collate(random_batch())
+
+    def step() -> None:
+        values, _ = train_step(engine, objective, [batch], 1e-4)
+        float(values["loss"])
+
+    return step
+
+
+def bare(settings: RunConfig) -> Callable[[], None]:
+    import deepspeed  # in the ranks alone: it changes the process that imports it
+
+    objective = OBJECTIVES["causal"][1](settings.objective)
+    model = FAMILIES["decoder"].build(settings.model)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.02)
+
+    class WithLoss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch: dict) -> torch.Tensor:
+            return objective.loss(self.model, objective.forward(self.model, batch), batch)["loss"] / (ROWS * LENGTH)
+
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": settings.deepspeed.zero},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    optimizer = build_optimizer(model.named_parameters(), settings.optim)
+    engine, *_ = deepspeed.initialize(model=WithLoss(), optimizer=optimizer, config=config)
+    batch = objective.collate(random_batch())
+
+    def step() -> None:
+        loss = engine(batch)
+        engine.backward(loss)
+        engine.step()
+        float(loss)
+
+    return step
+
+
+def random_batch() -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, 8192, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(dist.get_rank()))
+    zeros = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
+    positions = torch.arange(LENGTH, dtype=torch.int32).expand(ROWS, LENGTH)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "documents": zeros}
+
+
+def take_turns(zero: int, rounds: int) -> list[list[list[float]]]:
+    """[round][ours, bare][seconds of a step by the clock, of the processor]"""
+    settings = resolve("tiny", [*SETTINGS, f"deepspeed.zero={zero}"])[0]
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    steps = wrapped(settings, world), bare(settings)
+    pairs = []
+    for turn in range(WARMUP + rounds):
+        seconds = [[0.0, 0.0], [0.0, 0.0]]
+        for index in (0, 1) if turn % 2 else (1, 0):
+            dist.barrier()
+            start = time.perf_counter(), time.process_time()
+            steps[index]()
+            seconds[index] = [time.perf_counter() - start[0], time.process_time() - start[1]]
+        pairs.append(seconds)
+    return pairs[WARMUP:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--zero", type=int, nargs="*", default=[0, 1, 2, 3])
+    args = parser.parse_args()
+    for zero in args.zero:
+        pairs = run_ranks(take_turns, RANKS, zero, args.rounds, timeout=900)[0]
+        for column, clock in enumerate(("wall", "processor")):
+            ratios = sorted(ours[column] / other[column] for ours, other in pairs)
+            other = statistics.median(pair[1][column] for pair in pairs)
+            low, middle, high = (ratios[len(ratios) * quarter // 4] for quarter in (1, 2, 3))
+            verdict = "" if middle <= AIM else f", above the aim of {AIM}"
+            print(
+                f"DeepSpeed ZeRO {zero}, {clock} time: bare {other * 1000:.0f} ms a step, ours / bare {middle:.3f} "
+                f"(half of all pairs: {low:.3f} to {high:.3f}){verdict}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
