@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -203,8 +204,11 @@ def make_engine(name: str, spec: EngineSpec, world: World) -> Engine:
     """The engine called `name`. Raises ValueError for one that is unknown or not installed."""
     check_engine(name, {})
     check_installed(name)
-    module, _, cls = ENGINES[name].where.partition(":")
-    engine: Engine = getattr(importlib.import_module(module), cls)(spec, world)
+    where, _, cls = ENGINES[name].where.partition(":")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that an engine's would like too
+        module = importlib.import_module(where)
+    engine: Engine = getattr(module, cls)(spec, world)
     return engine
 
 

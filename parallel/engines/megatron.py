@@ -5,6 +5,7 @@ shapes of what is saved. Sequence parallelism is always on with tensor paralleli
 loss is divided by the global count of targets before backward, and gradients are summed.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -33,11 +34,20 @@ from parallel.parallelize import modules_on_meta
 from parallel.remat import apply_remat
 from parallel.world import World
 
+# What Megatron 0.16 does on purpose, or cannot know of newer torch; said anew on every rank.
+NOISE = (
+    "full scope is deprecated",
+    ".*is deprecated. Please use `torch.distributed",
+    "The .grad attribute of a Tensor that is not a leaf",
+)
+
 
 class MegatronEngine:
     """See `parallel.engine.Engine`. One at a time in a process: Megatron keeps its groups in global variables."""
 
     def __init__(self, spec: EngineSpec, world: World):
+        for noise in NOISE:
+            warnings.filterwarnings("ignore", noise)
         self.spec, self.device = spec, world.device
         self.facts: MegatronFacts = spec.options["facts"]
         self.degrees = degrees = resolve_degrees(spec.parallel, world.size)
@@ -194,7 +204,7 @@ class MegatronEngine:
             first, last = stage == 0, stage == pp * number - 1
             chunk = Chunk(
                 facts, config, held, first=first, last=last, chunk=index if number > 1 else None, mesh=mesh
-            ).to(self.device)
+            ).to(self.device, config.params_dtype)  # norms and routers are ours: fp32 as built
             for layer, block in zip(held, chunk.decoder.layers, strict=True):
                 if self.mesh is not None:
                     apply_context(

@@ -48,7 +48,7 @@ class WholeOptimizer:
         if largest:
             factor = (largest / (norm + 1e-6)).clamp(max=1.0)
             for model in self._models:
-                model.scale_gradients(factor.to(torch.float32))
+                model.scale_gradients(factor)
         return norm
 
     def step(self, lr: float) -> None:

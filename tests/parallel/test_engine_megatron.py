@@ -80,10 +80,16 @@ def _run(overrides: list[str], steps: int) -> Outcome:
     return {"numbers": outcome.numbers["losses"], "norms": outcome.numbers["norms"], **outcome.tensors}
 
 
-def _compare(overrides: list[str], layouts: list[list[str]], steps: int) -> list[dict[str, float]]:
+Case = tuple[list[str], list[list[str]]]  # overrides of the model, and layouts of it
+
+
+def _compare(cases: list[Case]) -> list[dict[str, float]]:
     """How far each layout on Megatron is from the native engine, relative."""
-    native = _run(overrides, steps)
-    return [_distances(_run(["engine=megatron", *overrides, *layout], steps), native) for layout in layouts]
+    found = []
+    for overrides, layouts in cases:
+        native = _run(overrides, 4)
+        found += [_distances(_run(["engine=megatron", *overrides, *layout], 4), native) for layout in layouts]
+    return found
 
 
 def _distances(ours: Outcome, native: Outcome) -> dict[str, float]:
@@ -108,47 +114,38 @@ def _relative(ours: Tensor | float, native: Tensor | float, scale: float = 1e-9)
     return float((ours - native).norm() / native.norm().clamp(min=scale))
 
 
-def check(world: int, overrides: list[str], layouts: list[list[str]]) -> None:
+def check(world: int, cases: list[Case]) -> None:
     limits = {"losses": 2e-6, "first norm": 1e-6, "initial weights": 0.0, "gradients": 5e-6, "weights": 2e-5}
-    for found in run_ranks(_compare, world, overrides, layouts, 4, timeout=280):
-        for layout, distances in zip(layouts, found, strict=True):
-            assert all(distances[key] <= limit for key, limit in limits.items()), (layout, distances)
+    names = [(overrides, layout) for overrides, layouts in cases for layout in layouts]
+    for found in run_ranks(_compare, world, cases, timeout=280):
+        for name, distances in zip(names, found, strict=True):
+            assert all(distances[key] <= limit for key, limit in limits.items()), (name, distances)
 
 
 @needs_megatron
 @pytest.mark.slow
 def test_two_processes_equal_the_native_engine():
-    check(2, DENSE, [REPLICAS, ["parallel.dp_shard=2"], ["parallel.tp=2"], ["parallel.pp=2"], INTERLEAVED])
-
-
-@needs_megatron
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [TIED, OTHER], ids=["learned", "windows"])
-def test_other_decoders_equal_the_native_engine(model):
-    check(2, model, [["parallel.tp=2"], ["parallel.pp=2"]])
-
-
-@needs_megatron
-@pytest.mark.slow
-def test_context_parallelism_equals_the_native_engine():
-    """Documents are cut anywhere, and may not see each other."""
-    cp = ["parallel.cp=2", "parallel.dp_shard=1"]
-    check(2, DENSE, [cp, [*cp, "parallel.cp_method=ring"]])
-
-
-@needs_megatron
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [MOE, MIXED], ids=["global", "sequence"])
-def test_experts_equal_the_native_engine(model):
-    check(2, model, [["parallel.ep=2"], ["parallel.dp_shard=2"], ["parallel.tp=2"], ["parallel.pp=2"]])
+    """cp: documents are cut anywhere, and may not see each other."""
+    tp, pp, cp = ["parallel.tp=2"], ["parallel.pp=2"], ["parallel.cp=2", "parallel.dp_shard=1"]
+    shared, ep = ["parallel.dp_shard=2"], ["parallel.ep=2"]
+    check(
+        2,
+        [
+            (DENSE, [REPLICAS, shared, tp, pp, INTERLEAVED, cp, [*cp, "parallel.cp_method=ring"]]),
+            (TIED, [tp, pp]),
+            (OTHER, [tp, pp]),
+            (MOE, [ep, shared, tp, pp]),
+            (MIXED, [ep, tp, [*cp, *ep]]),
+        ],
+    )
 
 
 @needs_megatron
 @pytest.mark.slow
 def test_four_processes_equal_the_native_engine():
-    layouts = [["parallel.tp=2", "parallel.pp=2"], ["parallel.dp_shard=2", *INTERLEAVED]]
-    check(4, ["model.tied=true"], layouts)
-    check(4, MIXED, [["parallel.tp=2", "parallel.ep=2"], ["parallel.ep=2", "parallel.pp=2"]])
+    tied = [["parallel.tp=2", "parallel.pp=2"], ["parallel.dp_shard=2", *INTERLEAVED]]
+    mixed = [["parallel.tp=2", "parallel.ep=2"], ["parallel.ep=2", "parallel.pp=2"]]
+    check(4, [(["model.tied=true"], tied), (MIXED, mixed)])
 
 
 def _trainings(runs: list[tuple[Path, Path, list[str]]]) -> None:
