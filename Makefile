@@ -14,6 +14,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .venv/test: .venv/core
 	$(BIN)/pip install -c constraints.txt -e '.[test]'
+	# DeepSpeed is built here, beside the torch that is here; no other one is fetched for it.
+	DS_BUILD_OPS=0 $(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[megatron,deepspeed]'
 	touch $@
 
 quickstart: export CUDA_VISIBLE_DEVICES =  # two CPU processes, the same on every machine

@@ -15,7 +15,8 @@ from launch.cli import main
 from parallel.world import World
 from pretrain.caption import Said, write_page
 from pretrain.config import resolve
-from pretrain.data import open_datasets, open_stream
+from pretrain.data import open_datasets
+from pretrain.mixture import open_stream
 from pretrain.train import train
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -179,7 +179,7 @@ def test_a_dense_model_says_nothing_of_routers(tmp_path: Path, clock: Clock) -> 
     run.metrics.start(0, 2)
     run.steps(1, 2)
     run.metrics.close()
-    assert all(list(line) == ["step", "loss", "lr", "seconds", "tokens_per_s"] for line in run.lines())
+    assert all(list(line) == ["step", "loss", "lr", "seconds", "tokens_per_s", "memory_gb"] for line in run.lines())
     assert run.text.getvalue().splitlines()[0].startswith("step 1/2  loss 1.0000  lr 1.00e-01  2,000 tokens/s  ")
     tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
     assert set(tags["scalars"]) == {"loss", "lr", "tokens_per_s", "memory_gb"} and not tags["images"]
