@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from parallel.across import check_across, over_data
 from parallel.context import check_context, split_sequence
@@ -121,7 +122,13 @@ class NativeEngine:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """`state_dict()` gave the live tensors, and reading filled them; what is left are second copies here."""
+        """`state_dict()` gave the live tensors, and reading filled them; what is left are second copies here, and what an
+        evaluation has gathered of the old ones.
+        """
+        for stage in self.stages.values():
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         for name, copy in self._named.copies.items():
             original = self._named.tensors[self._tied[name]]
             if original is not copy:
