@@ -122,8 +122,8 @@ class NativeEngine:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """`state_dict()` gave the live tensors, and reading filled them; what is left are second copies here, and what an
-        evaluation has gathered of the old ones.
+        """`state_dict()` gave the live tensors, and reading filled them; what is left are second copies here, and what
+        an evaluation has gathered of the old ones.
         """
         for stage in self.stages.values():
             for module in stage.modules():
