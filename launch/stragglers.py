@@ -26,7 +26,7 @@ class Stragglers:
 
     def look(self, beat: Heartbeat) -> None:
         """Called often; does something once the other ranks' files hold the paces of a window."""
-        if beat.window != self._window:
+        if beat.window != self._window and not self._due:  # else they would put the look off for ever
             self._window, self._due = beat.window, time.monotonic() + 2 * WRITE_SECONDS
         if not 0 < self._due <= time.monotonic():
             return
