@@ -119,7 +119,8 @@ def test_a_mistake_ends_the_job_and_is_said_last(slurm, tmp_path, tiny_shards):
 
 @UNPROVEN
 def test_no_checkpoint_in_two_starts_is_the_end(slurm, tmp_path, tiny_shards):
-    job = start_job(slurm, tmp_path / "run", tiny_shards, "train.steps=100000", "checkpoint.every=100000", launcher="srun")
+    never = ("train.steps=100000", "checkpoint.every=100000")
+    job = start_job(slurm, tmp_path / "run", tiny_shards, *never, launcher="srun")
     for number in range(2):
         wait_for_start(job, number, 1)
         job.ranks("n1")[-1].kill()
