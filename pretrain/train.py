@@ -18,7 +18,7 @@ from checkpoints.store import CheckpointStore
 from data_pipeline.ledger import Ledger
 from data_pipeline.loader import Loader
 from data_pipeline.mix import MixedStream
-from parallel.engine import Batch, Engine, EngineSpec, make_engine
+from parallel.engine import Batch, Engine
 from parallel.hardware import device_peak_flops
 from parallel.mesh import axes_across_nodes, resolve_degrees
 from parallel.world import World
@@ -34,6 +34,7 @@ from pretrain.data import (
     with_tokenizer,
     with_vocabulary,
 )
+from pretrain.engine import build_engine
 from pretrain.environment import describe_environment
 from pretrain.evaluate import held_out_loss
 from pretrain.heartbeat import Heartbeat
@@ -41,9 +42,7 @@ from pretrain.history import append_start, recording_end
 from pretrain.lock import RunLock
 from pretrain.metrics import HostCopy, Metrics
 from pretrain.mixture import open_stream, source_names
-from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
-from pretrain.optim import build_optimizer
 from pretrain.resume import Position, check_changes, check_resume, resume
 from pretrain.router_health import RouterHealth
 from pretrain.saving import Saver
@@ -286,42 +285,6 @@ def check_step(values: HostCopy, step: int, store: CheckpointStore) -> dict[str,
         error.on_all_ranks = True  # type: ignore[attr-defined]  # the numbers are sums over all ranks
         raise error
     return numbers
-
-
-def build_engine(config: RunConfig, world: World, objective: Any, compiling: bool = False) -> Engine:
-    """The engine of the recipe around the recipe's model."""
-    family = FAMILIES[config.model.family]
-    options = {"facts": family.megatron(config.model)} if config.engine == "megatron" and family.megatron else {}
-    if config.engine == "deepspeed":
-        options = config.deepspeed.model_dump()
-    spec = EngineSpec(
-        build=lambda: family.build(config.model),
-        plan=family.plan(config.model),
-        forward=objective.forward,
-        loss=objective.loss,
-        sums=objective.sums,
-        sequence=objective.sequence,
-        make_optimizer=lambda named: build_optimizer(named, config.optim),
-        parallel=config.parallel,
-        seq_len=config.data.seq_len,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        precision=config.train.precision,
-        recompute=config.train.recompute,
-        recompute_every=config.train.recompute_every,
-        compile=compiling,
-        clip_grad_norm=config.optim.clip_grad_norm,
-        seed=config.run.seed,
-        frozen=config.optim.freeze,
-        ema=config.optim.ema,
-        across=getattr(objective, "across", None),
-        options=options,
-    )
-    try:
-        return make_engine(config.engine, spec, world)
-    except ValueError as error:
-        error.on_all_ranks = True  # type: ignore[attr-defined]  # every rank checks the same layout
-        raise
 
 
 def describe_attention(config: RunConfig, objective: Any, batch: Any, device: torch.device) -> str:

@@ -34,10 +34,11 @@ from parallel.verify import Comparison, Distance, Layout, compare, typical_error
 from parallel.world import World
 from pretrain.config import RunConfig, validate
 from pretrain.data import reads_classes
+from pretrain.engine import build_engine
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
 from pretrain.synthetic import SyntheticLabels, SyntheticPairs, SyntheticPictures, SyntheticStream
-from pretrain.train import build_engine, train_step
+from pretrain.train import train_step
 
 OPTIMIZERS = ("adamw", "muon")
 LEARNING_RATE = 0.01  # a smaller one's updates would drown in the rounding of weights near 1

@@ -13,12 +13,12 @@ from checkpoints.store import CheckpointStore
 from parallel.world import join_world
 from pretrain.config import override_config
 from pretrain.data import open_held_out
+from pretrain.engine import build_engine
 from pretrain.evaluate import held_out_loss
 from pretrain.generate import generate as generate_tokens
 from pretrain.load import load_trained, run_tokenizer
 from pretrain.objectives import OBJECTIVES
 from pretrain.report import write_report
-from pretrain.train import build_engine
 
 
 def generate(args: argparse.Namespace) -> None:

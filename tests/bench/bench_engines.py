@@ -20,10 +20,11 @@ import torch.distributed as dist
 
 from parallel.world import World
 from pretrain.config import RunConfig, resolve
+from pretrain.engine import build_engine
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
 from pretrain.optim import build_optimizer
-from pretrain.train import build_engine, train_step
+from pretrain.train import train_step
 from tests.ranks import run_ranks
 
 RANKS, ROWS, LENGTH = 2, 4, 128

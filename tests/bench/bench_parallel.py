@@ -31,9 +31,10 @@ from launch.local import CPU_MALLOC
 from parallel.world import World, join_world
 from pretrain import train as train_module
 from pretrain.data import build_tiny_shards
+from pretrain.engine import build_engine
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
-from pretrain.train import build_engine, train, train_step
+from pretrain.train import train, train_step
 from tests.bench import bench_train
 
 RANKS, ROWS, LENGTH = 2, 4, 512

@@ -27,8 +27,9 @@ from launch.local import CPU_MALLOC
 from parallel.world import World
 from pretrain.config import RunConfig, resolve
 from pretrain.data import build_tiny_shards
+from pretrain.engine import build_engine
 from pretrain.objectives import OBJECTIVES
-from pretrain.train import build_engine, train
+from pretrain.train import train
 
 TOKENS = 8 * 512
 WARMUP = 5

@@ -29,8 +29,9 @@ from parallel.hardware import device_peak_flops
 from parallel.world import World
 from pretrain.config import RunConfig, resolve
 from pretrain.data import build_tiny_shards
+from pretrain.engine import build_engine
 from pretrain.objectives import OBJECTIVES
-from pretrain.train import build_engine, train
+from pretrain.train import train
 
 SEQ_LEN = 4096
 WARMUP = 5

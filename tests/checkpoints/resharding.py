@@ -19,8 +19,8 @@ from parallel.layouts import all_layouts, describe_layout
 from parallel.mesh import AXES
 from parallel.world import World
 from pretrain.config import RunConfig, resolve
+from pretrain.engine import build_engine
 from pretrain.objectives import OBJECTIVES
-from pretrain.train import build_engine
 from pretrain.verify import count_experts
 from tests.ranks import run_ranks
 

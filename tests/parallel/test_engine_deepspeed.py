@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from checkpoints.store import CheckpointStore
 from parallel.world import World
 from pretrain.config import resolve
+from pretrain.engine import build_engine
 from pretrain.objectives import OBJECTIVES
 from pretrain.resume import resume
-from pretrain.train import build_engine
 from tests.ranks import run_ranks
 
 pytestmark = [

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from parallel.world import World
 from pretrain.config import RunConfig, resolve
+from pretrain.engine import build_engine
 from pretrain.objectives import OBJECTIVES
-from pretrain.train import build_engine, train
+from pretrain.train import train
 from pretrain.verify import run_steps
 from tests.pretrain.test_train import losses, tensors
 from tests.ranks import run_ranks

@@ -10,8 +10,9 @@ from parallel.mesh import ParallelConfig, resolve_degrees
 from parallel.plan import Plan
 from parallel.world import World
 from pretrain.config import resolve
+from pretrain.engine import build_engine
 from pretrain.objectives import OBJECTIVES
-from pretrain.train import build_engine, train_step
+from pretrain.train import train_step
 from tests.parallel.ledger import Ledger
 from tests.ranks import run_ranks
 

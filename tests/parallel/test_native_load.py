@@ -5,8 +5,8 @@ import torch.distributed as dist
 
 from parallel.world import World
 from pretrain.config import resolve
+from pretrain.engine import build_engine
 from pretrain.objectives import OBJECTIVES
-from pretrain.train import build_engine
 from tests.ranks import run_ranks
 
 CONFIG = resolve(

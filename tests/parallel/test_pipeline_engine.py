@@ -16,8 +16,8 @@ from parallel.engines.native import NativeEngine
 from parallel.gradients import local
 from parallel.world import World
 from pretrain.config import resolve
+from pretrain.engine import build_engine
 from pretrain.objectives import OBJECTIVES
-from pretrain.train import build_engine
 from tests.ranks import run_ranks
 
 SMALL = [

@@ -9,8 +9,8 @@ from parallel.plan import Plan
 from parallel.tensor import check_tensor, local_kv_heads
 from parallel.world import World
 from pretrain.config import resolve
+from pretrain.engine import build_engine
 from pretrain.objectives import OBJECTIVES
-from pretrain.train import build_engine
 from tests.ranks import run_ranks
 
 SMALL = [

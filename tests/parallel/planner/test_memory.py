@@ -19,8 +19,8 @@ from parallel.planner.layout import Layout, Program, Setting, in_flight
 from parallel.planner.memory import plan_memory, process_memory
 from parallel.planner.pieces import layout_degrees, local_elements, piece, stage_parameters
 from parallel.planner.shape import Parameter
-from pretrain import train
 from pretrain.config import RunConfig, resolve
+from pretrain.engine import make_spec
 from pretrain.objectives import OBJECTIVES
 from pretrain.planner import ask, stage_cuts
 
@@ -59,8 +59,7 @@ def local_bytes(tensor: torch.Tensor) -> int:
 def real_bytes(config: RunConfig, rank: int, monkeypatch, step: bool) -> tuple[int, int]:
     """Bytes of parameters and of optimizer state that one rank of the real program holds."""
     monkeypatch.setattr(parallelize_module, "init_parameters", lambda *_: None)  # values do not matter
-    monkeypatch.setattr(train, "make_engine", lambda _name, spec, _world: spec)
-    spec = train.build_engine(config, None, OBJECTIVES["causal"][1](config.objective))
+    spec = make_spec(config, OBJECTIVES["causal"][1](config.objective))
     world = prod(getattr(config.parallel, axis) for axis in AXES)
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:

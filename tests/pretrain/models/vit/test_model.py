@@ -9,10 +9,10 @@ from parallel.gradients import local
 from parallel.plan import styles_of
 from parallel.world import World
 from pretrain.config import RunConfig, validate
+from pretrain.engine import build_engine
 from pretrain.load import build_model
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
-from pretrain.train import build_engine
 from pretrain.verify import synthetic_stream, whole
 from tests.ranks import run_ranks
 

@@ -9,12 +9,13 @@ from parallel.engine import Engine
 from parallel.materialise import init_parameters
 from parallel.world import World
 from pretrain.config import resolve
+from pretrain.engine import build_engine
 from pretrain.models.layers.attention import AttentionMask
 from pretrain.models.vlm.model import VLM, Pictures
 from pretrain.models.vlm.tower import PatchConfig, VisionConfig, VisionTower
 from pretrain.objectives import OBJECTIVES
 from pretrain.synthetic import SyntheticPictures
-from pretrain.train import build_engine, train_step
+from pretrain.train import train_step
 from pretrain.verify import synthetic_stream
 from tests.ranks import run_ranks
 
