@@ -298,6 +298,7 @@ def _add_verify(commands: Any) -> None:
     verify = _leaf(commands, "verify-layout", "verify:verify_layout", summary)
     verify.add_argument("recipe", help="a recipe's name, or the path of a .toml file")
     verify.add_argument("overrides", nargs="*", metavar="key=value", help="such as parallel.tp=2 parallel.cp=2")
+    verify.add_argument("--engine", metavar="NAME", help="torch, megatron or deepspeed (default: the recipe's)")
     verify.add_argument("--all", type=int, metavar="N", help="every layout of N processes, not the recipe's")
     verify.add_argument("--nproc", type=int, metavar="N", help="processes (default: the degrees multiplied)")
     verify.add_argument("--steps", type=int, default=3, help="optimizer steps before weights are compared")

@@ -83,21 +83,25 @@ def shrink(config: RunConfig, degrees: dict[str, int], processes: int) -> tuple[
     if hasattr(objective, "chunk_rows"):
         objective = objective.model_copy(update={"chunk_rows": 3})
     stages = tuple(min(count, 2) for count in config.parallel.stage_layers)
+    deepspeed = config.deepspeed
+    if config.engine == "deepspeed":  # or ZeRO 3 would cut none of parameters as small as these
+        deepspeed = deepspeed.model_copy(update={"persistent": 0})
     small = config.model_copy(
         update={
             "model": type(model).model_validate(model.model_dump() | values),
             "objective": objective,
             "data": config.data.model_copy(update={"seq_len": min(seq_len, config.data.seq_len), **pictures}),
             "parallel": config.parallel.model_copy(update={"stage_layers": stages}),
+            "deepspeed": deepspeed,
         }
     )
     return small, changes(config, small)
 
 
 def changes(before: RunConfig, after: RunConfig) -> list[Change]:
-    """Settings of model, data and layout that differ."""
+    """Settings of model, data, layout and engine that differ."""
     found = []
-    for section in ("model", "data", "parallel"):
+    for section in ("model", "data", "parallel", "deepspeed"):
         old, new = getattr(before, section), getattr(after, section)
         found += _differences(section, dict(old), dict(new))
     return found

@@ -25,7 +25,8 @@ from data_pipeline.loader import Loader
 from data_pipeline.pack import SampleStream
 from parallel.across import check_across
 from parallel.context import check_context
-from parallel.engine import Batch, Engine, Sums
+from parallel.engine import ENGINES, Batch, Engine, Sums
+from parallel.engines.megatron_checks import check_layout as check_megatron
 from parallel.expert import check_experts
 from parallel.mesh import AXES, resolve_degrees
 from parallel.pipeline_cut import check_microbatches, plan_stages
@@ -34,7 +35,7 @@ from parallel.verify import Comparison, Distance, Layout, compare, typical_error
 from parallel.world import World
 from pretrain.config import RunConfig, validate
 from pretrain.data import reads_classes
-from pretrain.engine import build_engine
+from pretrain.engine import build_engine, make_spec
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
 from pretrain.synthetic import SyntheticLabels, SyntheticPairs, SyntheticPictures, SyntheticStream
@@ -154,7 +155,9 @@ def _as_it_lies(tensor: DTensor) -> DTensor:
 
 
 def make_reference(world: World, config_text: str, steps: int, folder: str) -> dict[str, Any]:
-    """What one process computes in fp64 with each optimizer, as files in `folder`, and how far from that fp32 is."""
+    """What one process of the torch engine computes in fp64 with each optimizer, as files in `folder`, and how far from
+    that fp32 is.
+    """
     config = from_text(config_text)
     plain: dict[str, Any] = {
         "parallel.pp": 1,
@@ -165,6 +168,7 @@ def make_reference(world: World, config_text: str, steps: int, folder: str) -> d
         "parallel.ep": 1,
     }
     plain |= {
+        "engine": "torch",
         "parallel.stage_layers": (),
         "parallel.cpu_offload": False,
         "train.recompute": "none",
@@ -181,7 +185,7 @@ def make_reference(world: World, config_text: str, steps: int, folder: str) -> d
         orders = [{"objective.chunk_rows": rows} for rows in (1, config.objective.chunk_rows)]
     else:
         orders = [{"train.micro_batch": size} for size in {1, config.train.micro_batch}]
-    for optimizer in OPTIMIZERS:
+    for optimizer in optimizers(config):
         chosen = {"optim.name": optimizer, "optim.eps": eps, "optim.muon_precision": "fp32"}
         outcome = run_steps(changed(precise, chosen), world, steps)
         write_reference(Path(folder), optimizer, outcome)
@@ -192,6 +196,12 @@ def make_reference(world: World, config_text: str, steps: int, folder: str) -> d
             for kind, names in draws[0].items()
         }
     return report
+
+
+def optimizers(config: RunConfig) -> tuple[str, ...]:
+    """Those to verify with: what the recipe's engine can of all."""
+    can = ENGINES[config.engine].only.get("optim.name", OPTIMIZERS)
+    return tuple(name for name in OPTIMIZERS if name in can)
 
 
 def adamw_eps(config: RunConfig, outcome: Outcome) -> float:
@@ -290,10 +300,13 @@ def check_degrees(config: RunConfig, processes: int) -> dict[str, int]:
     if compares_samples(config):
         check_across(found, config.train.global_batch, config.train.micro_batch)
     plan, cp, tp = FAMILIES[config.model.family].plan(config.model), found["cp"], found["tp"]
+    if config.engine == "megatron":
+        spec = make_spec(config, OBJECTIVES[config.objective.name][1](config.objective))
+        check_megatron(spec, spec.options["facts"], found)
     check_experts(plan, found["ep"])
     check_tensor(plan, tp, config.data.seq_len // cp)
     check_context(config.data.seq_len, cp, config.parallel.cp_method, plan.heads, tp)
-    if found["pp"] > 1:
+    if found["pp"] > 1 and config.engine == "torch":
         with torch.device("meta"):
             model = FAMILIES[config.model.family].build(with_some_vocabulary(config).model)
         stages = len(plan_stages(model, plan, config.parallel, found["pp"], config.data.seq_len))
@@ -330,10 +343,10 @@ def with_some_vocabulary(config: RunConfig) -> RunConfig:
 
 
 def changed(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """The config with dotted keys replaced."""
+    """The config with keys, dotted or not, replaced."""
     for key, value in values.items():
         section, _, name = key.partition(".")
-        part = getattr(config, section).model_copy(update={name: value})
+        part = getattr(config, section).model_copy(update={name: value}) if name else value
         config = config.model_copy(update={section: part})
     return config
 

@@ -14,6 +14,7 @@ from rich.progress import track
 
 from launch.forked import Ended, run_world, warm_up
 from launch.local import count_gpus, joined
+from parallel.engine import ENGINES, check_installed
 from parallel.layouts import all_layouts, axes_alone, describe_layout, features, suspects
 from parallel.mesh import AXES, ParallelConfig
 from parallel.pipeline_cut import schedule_names
@@ -21,7 +22,6 @@ from parallel.verify import MARGIN, Comparison, Row, describe_factor
 from pretrain.config import RunConfig, resolve
 from pretrain.shrink import Change, shrink
 from pretrain.verify import (
-    OPTIMIZERS,
     changed,
     check_balance,
     check_layout,
@@ -30,6 +30,7 @@ from pretrain.verify import (
     count_experts,
     make_reference,
     measure_layout,
+    optimizers,
     to_text,
     with_some_vocabulary,
 )
@@ -125,8 +126,10 @@ def verify_layout(args: argparse.Namespace) -> int:
     """Exit code 0 when all layouts agree with one process, 1 when one differs."""
     if joined():
         raise ValueError("verify-layout starts its own processes; run it on its own, without torchrun")
-    warm_up(PRELOADED)
-    config = changed(resolve(args.recipe, args.overrides)[0], {"train.precision": "fp32"})
+    overrides = [*args.overrides, "train.precision=fp32", *([f"engine={args.engine}"] if args.engine else [])]
+    config = resolve(args.recipe, overrides)[0]
+    check_installed(config.engine)
+    warm_up((*PRELOADED, ENGINES[config.engine].where.partition(":")[0]))
     console = Console(soft_wrap=True, highlight=False)
     if args.timeout is None:
         args.timeout = 3600.0 if args.full_size else 120.0
@@ -153,7 +156,8 @@ def _one(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     device = _device(processes)
     _print_changes(console, changes)
     console.print(
-        f"{processes} processes on {device}: {describe_layout(parallel)}; {accumulation} micro-batches a step"
+        f"{processes} processes on {device}, engine {config.engine}: {describe_layout(parallel)}; {accumulation} "
+        "micro-batches a step"
     )
     with tempfile.TemporaryDirectory(prefix="verify-layout-") as folder:
         threads = (os.cpu_count() or 1) if args.full_size else 1
@@ -186,10 +190,12 @@ def _all(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     small, changes = shrink(config, widest, processes)
     small = changed(small, {"train.global_batch": 4 * processes, "train.micro_batch": 2})
     device = _device(processes)
-    layouts = all_layouts(small.parallel, processes, schedule_names(), count_experts(small))
+    layouts = _layouts(small, processes)
     _print_changes(console, changes)
+    rounds = "1 and 2 rounds" if len(optimizers(config)) > 1 else "2 rounds"
     console.print(
-        f"{len(layouts)} layouts of {processes} processes on {device}; 1 and 2 rounds of micro-batches a step"
+        f"{len(layouts)} layouts of {processes} processes on {device}, engine {config.engine}; {rounds} of "
+        "micro-batches a step"
     )
     with tempfile.TemporaryDirectory(prefix="verify-layout-") as folder:
         certifier = Certifier(small, args.steps, folder, args.timeout, device)
@@ -203,20 +209,31 @@ def _all(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     return _print_end(console, verdicts)
 
 
+def _layouts(config: RunConfig, processes: int) -> list[ParallelConfig]:
+    """Every one that the table of engines does not exclude."""
+    layouts = all_layouts(config.parallel, processes, schedule_names(), count_experts(config))
+    engine = ENGINES[config.engine]
+    return [each for each in layouts if not engine.obstacles({f"parallel.{key}": value for key, value in each})]
+
+
 def _sizes(config: RunConfig, parallel: ParallelConfig) -> dict[str, int]:
     """The recipe's micro-batch; all that a data rank has where samples of a step are compared with each other."""
     everything = config.train.global_batch // (parallel.dp_replicate * parallel.dp_shard)
-    return dict.fromkeys(OPTIMIZERS, everything if compares_samples(config) else config.train.micro_batch)
+    return dict.fromkeys(optimizers(config), everything if compares_samples(config) else config.train.micro_batch)
 
 
 def _rounds(config: RunConfig, parallel: ParallelConfig) -> dict[str, int]:
-    """AdamW with one round of micro-batches a step, Muon with two; a round: one, or what every schedule can do with."""
+    """One round of micro-batches a step with the first optimizer and two with the last; a round: one micro-batch, or
+    what every schedule can do with.
+    """
     if compares_samples(config):
         return _sizes(config, parallel)
     data = parallel.dp_replicate * parallel.dp_shard
     least = 2 * parallel.pp if parallel.pp > 1 else 1
+    names = optimizers(config)
     return {
-        name: config.train.global_batch // (data * least * rounds) for rounds, name in enumerate(OPTIMIZERS, start=1)
+        name: config.train.global_batch // (data * least * rounds)
+        for rounds, name in enumerate(names, start=3 - len(names))
     }
 
 

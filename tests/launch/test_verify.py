@@ -22,7 +22,7 @@ def test_a_layout_that_agrees(capsys):
     assert main(["verify-layout", "tiny", *SMALL, "parallel.dp_shard=2", "--steps", "2"]) == 0
     shown = capsys.readouterr().out
     assert "model.hidden 160 -> " in shown
-    assert "2 processes on cpu: dp_shard 2; 1 micro-batches a step" in shown
+    assert "2 processes on cpu, engine torch: dp_shard 2; 1 micro-batches a step" in shown
     assert "allowed: 16 x (the error of one fp32 process" in shown
     lines = shown.splitlines()
     assert any(line.split()[:3] == ["initial", "weights", "equal"] for line in lines)
