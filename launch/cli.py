@@ -313,6 +313,9 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("recipe", help="a recipe's name, or the path of a .toml file")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="parallel.* and train.* pin what is planned")
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    summary = "plan for this engine, as engine=NAME does; all: the best layout of each (speed: a prediction not held "
+    summary += "against published runs of engines other than torch)"
+    plan.add_argument("--engine", metavar="NAME", help=summary)
     plan.add_argument(
         "--gpu", default="h100", help="kind of GPU, such as a100-80, h100, h200, b200, gb200 (default: h100)"
     )

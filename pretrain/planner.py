@@ -1,4 +1,4 @@
-"""`pretrain plan`: the recipe's model, batch and budget put to the planner of `parallel`."""
+"""`pretrain plan`: the recipe's model, batch, engine and budget put to the planner of `parallel`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ from parallel.tensor import check_tensor
 from pretrain.config import Origins, RunConfig
 from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
+from pretrain.planner_engines import check_places, make_program, megatron_check, megatron_cuts, pin
 
 NEAREST = 64  # how far from an impossible number of GPUs a possible one is looked for
 MORE = (2, 4, 8, 16, 32, 64)  # times as many GPUs, tried where nothing fits
@@ -43,8 +44,7 @@ def ask(config: RunConfig, origins: Origins, gpus: int, gpu: Gpu) -> Question:
         raise ValueError(f"--gpus {gpus}: must be at least 1")
     if config.train.precision == "fp64":
         raise ValueError('train.precision = "fp64" is for proving layouts; set it to bf16 or fp32 to plan')
-    if config.parallel.cpu_offload:
-        raise ValueError("parallel.cpu_offload = true cannot be planned: all is counted on the GPU; set it to false")
+    check_places(config)
     if not config.model.vocab_size:
         raise ValueError("model.vocab_size = 0 is left to the data's tokenizer; set model.vocab_size to plan")
     if "tokens" not in OBJECTIVES[config.objective.name][1].sequence:
@@ -63,23 +63,11 @@ def ask(config: RunConfig, origins: Origins, gpus: int, gpu: Gpu) -> Question:
     question = Question(
         config,
         model,
-        Space(shape, plan, gpus, gpu, config.train.global_batch, pinned, methods),
+        Space(shape, plan, gpus, gpu, config.train.global_batch, pinned, methods, fsdp=config.engine == "torch"),
         make_program(config),
     )
     _check_pinned(question)
     return question
-
-
-def make_program(config: RunConfig) -> Program:
-    """How a run of this config stores and computes."""
-    compiled = config.train.compile != "off"
-    program = Program(
-        chunk=getattr(config.objective, "chunk_tokens", 0),
-        fused=compiled,
-        compiled=compiled,
-        matrix_state=4 if config.optim.name == "muon" else 0,
-    )
-    return program if config.train.precision == "bf16" else replace(program, compute="fp32", gathered=4, saved=4)
 
 
 def _cp_methods(config: RunConfig, model: Any, attention: str) -> tuple[Method, ...]:
@@ -115,7 +103,7 @@ def _pinned(config: RunConfig, origins: Origins, gpus: int) -> dict[str, Any]:
     for name in ("micro_batch", "recompute"):
         if f"train.{name}" in given:
             found[name] = getattr(config.train, name)
-    return found
+    return pin(config, found, gpus)
 
 
 def _check_pinned(question: Question) -> None:
@@ -130,7 +118,11 @@ def _check_pinned(question: Question) -> None:
             'parallel.cp_method = "ring" cannot do sliding windows, a softcap or fp32 on GPUs; set it to "ulysses"'
         )
     check_context(seq_len, cp, method, plan.heads, tp)
-    if "pp" in pinned and pinned["pp"] > 1:
+    if question.config.engine == "megatron":
+        chunks = pinned.get("chunks", 2 if pinned.get("schedule") == "interleaved1f1b" else 1)
+        known = {name: value for name, value in pinned.items() if name != "keep"}
+        megatron_check(question.config)(Layout(**known | {"chunks": chunks, "cp_method": method}))
+    elif "pp" in pinned and pinned["pp"] > 1:
         plan_stages(question.model, plan, parallel, pinned["pp"], seq_len)
 
 
@@ -177,7 +169,8 @@ def _impossible(question: Question) -> str:
                 near.append(gpus)
         if len(near) >= 2:
             break
-    given = {name: value for name, value in space.pinned.items() if name not in ("recompute_every", "expert_tp")}
+    always = {"recompute_every", "expert_tp", *pin(question.config, {}, space.gpus)}
+    given = {name: value for name, value in space.pinned.items() if name not in always}
     pinned = "".join(f", with {name} = {value}" for name, value in given.items())
     cure = f"take {' or '.join(map(str, sorted(near)))} GPUs, or change" if near else "change"
     return (
@@ -190,6 +183,8 @@ def _impossible(question: Question) -> str:
 def stage_cuts(question: Question) -> Callable[[Layout], tuple[Part, ...]]:
     """What each process of a pipeline has, cut as the run itself would; nothing where it would refuse."""
     shape, plan = question.space.shape, question.space.plan
+    if question.config.engine == "megatron":
+        return megatron_cuts(question.config, shape)
 
     @cache
     def parts(pp: int, schedule: str, chunks: int) -> tuple[Part, ...]:
@@ -252,3 +247,6 @@ def _settings(question: Question, layout: Layout) -> Iterator[tuple[str, Any]]:
             yield f"parallel.{name}", str(value).lower()
     yield "train.micro_batch", layout.micro_batch
     yield "train.recompute", layout.recompute
+    config = question.config
+    if config.engine == "deepspeed" and config.deepspeed.zero == 3 and config.train.compile != "off":
+        yield "train.compile", "off"  # "auto" would turn it on

@@ -9,6 +9,8 @@ from parallel.pipeline_cut import owner_of
 from parallel.planner.gpus import KERNELS, Compute, Gpu, Kernels
 from parallel.planner.shape import LayerShape, Matrix, ModelShape
 
+Sharded = Literal["all", "gradients", "state", "none"]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -48,14 +50,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class Program:
-    """How a training program computes and stores; the defaults are this project's own, in bf16.
+    """How a training program computes and stores; the defaults are this project's torch engine, in bf16.
 
     compute: format of the layers' products.
     sharded: what is cut over `Layout.shards`: "all" (FSDP, ZeRO-3), "state" (ZeRO-1, a distributed optimizer),
-        "gradients" (ZeRO-2) or "none".
+        "gradients" (ZeRO-2: they are reduced with every micro-batch) or "none".
     Bytes a parameter: weight: of what is held. gathered: of what products read, where that is a copy of its own; ends:
         the same of embedding and head. gradient: of held gradients; reduced: of those on the wire. state: of the
-        optimizer's moments (and master weights); matrix_state: of those of matrices in layers, 0 for the same.
+        optimizer's moments (and master weights); matrix_state: of those of matrices in layers, 0 for the same. copies:
+        of what autocast makes of matrices in layers, kept for backward; casts: moved in forward to make them.
     Bytes an element: residual: of the stream between layers; wire: of what tensor parallelism gathers in forward;
         saved: of what is kept for backward; logits: of all that a logit takes where they are not made in chunks.
     once: parameters and gradients travel once a step, not once a micro-batch.
@@ -68,10 +71,13 @@ class Program:
     matmul_share: share of products that "selective" computes again; attention_again: it computes attention only.
     dropout: its masks are kept. keeps_narrow: inputs of products in 8 bits are kept in 8 bits.
     buckets: bytes of communication buffers.
+    scatter: gradients are reduce-scattered where they or the state are cut; else all-reduced, each keeping its part.
+    flat: "all" cuts each parameter as one string of numbers, not along a dim. persistent: those of no more elements
+        stay gathered. live: gathered elements that are kept where they are needed again so soon, 0: as FSDP does.
     """
 
     compute: Compute = "bf16"
-    sharded: Literal["all", "gradients", "state", "none"] = "all"
+    sharded: Sharded = "all"
     weight: float = 4
     gathered: float = 2
     ends: float = 4
@@ -79,6 +85,8 @@ class Program:
     reduced: float = 4
     state: float = 8
     matrix_state: float = 0
+    copies: float = 0
+    casts: float = 0
     residual: float = 4
     wire: float = 4
     saved: float = 2
@@ -98,6 +106,10 @@ class Program:
     dropout: bool = False
     keeps_narrow: bool = False
     buckets: float = 0.0
+    scatter: bool = True
+    flat: bool = False
+    persistent: int = 0
+    live: float = 0
 
 
 @dataclass(frozen=True)

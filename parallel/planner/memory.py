@@ -1,15 +1,17 @@
 """Memory of a process under a layout, term by term.
 
-Weights, gradients and optimizer state are exact for this project's own program (see `parallel.planner.pieces`).
+Weights, gradients and optimizer state are exact for the torch engine (see `parallel.planner.pieces`), for the others up
+to the padding of their buffers (`tests/parallel/planner/test_engines.py`).
 Activations are those that autograd keeps: inputs of products, of attention, of norms and of activation functions
 (Korthikanti et al. 2022, arXiv:2205.05198, section 4, per kind of matrix instead of per model).
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from parallel.planner.gpus import GIB
 from parallel.planner.layout import Layout, Part, Setting, in_flight, local
-from parallel.planner.pieces import Held, degrees_of, held, held_by, held_ends
+from parallel.planner.pieces import Held, degrees_of, held, held_by, held_ends, small_elements
 from parallel.planner.shape import LayerShape
 
 # What a process takes beside tensors: the CUDA context with its loaded kernels, cuBLAS workspaces; buffers of NCCL for
@@ -95,10 +97,12 @@ def process_memory(setting: Setting, part: Part, rank: int) -> Memory:
     """Of process `rank` of a pipeline, which has `part`; of those that share its parameters, the one with most."""
     program, layout = setting.program, setting.layout
     everything, ends = held_by(setting, part), held_ends(setting, part)
-    terms = _states(everything, setting)
+    terms = _states(everything, setting, part)
     terms |= _activations(setting, part, _in_flight(layout, setting.microbatches, rank))
     if part.last:
         terms["logits"] = _logits(setting)
+    if program.copies:
+        terms["16-bit weights"] = _copies(setting, part)
     if program.sharded == "all":
         terms |= _gathered(setting, part, everything, ends)
     terms["communication buffers"] = program.buckets
@@ -108,18 +112,21 @@ def process_memory(setting: Setting, part: Part, rank: int) -> Memory:
     return Memory(terms)
 
 
-def _states(everything: Held, setting: Setting) -> dict[str, float]:
+def _states(everything: Held, setting: Setting, part: Part) -> dict[str, float]:
     program, shards = setting.program, setting.layout.shards
     whole, cut = everything.whole, everything.cut
     if program.sharded == "none":
         cut = whole
-    elif program.sharded != "all":  # one flat buffer, cut evenly
+    elif program.sharded != "all" or program.flat:  # one flat buffer, cut evenly
         cut = (whole - everything.experts) / shards + everything.experts / max(1, shards // setting.layout.ep)
     optimizer = cut * program.state
     if program.matrix_state:
         optimizer += everything.matrices * (program.matrix_state - program.state)
+    weights = cut if program.sharded == "all" else whole
+    if program.persistent and shards > 1:
+        weights += small_elements(setting, part)
     return {
-        "weights": program.weight * (cut if program.sharded == "all" else whole),
+        "weights": program.weight * weights,
         "gradients": program.gradient * (cut if program.sharded in ("all", "gradients") else whole),
         "optimizer": optimizer,
     }
@@ -145,11 +152,34 @@ def _activations(setting: Setting, part: Part, flying: float) -> dict[str, float
     return {"activations": kept * setting.tokens * flying, "recomputed layer": largest * setting.tokens}
 
 
+def _copies(setting: Setting, part: Part) -> float:
+    """Of layers that are not recomputed, all; of the others those in autocast's cache, which has them to the end of
+    forward: where code is not compiled, of matrices that are no experts and share their product with none. And those of
+    a layer while it is recomputed."""
+    layout, program = setting.layout, setting.program
+    share = 1 / layout.recompute_every if layout.recompute != "none" else 0.0
+    kept = largest = 0.0
+    for count, layer in zip(part.layers, setting.shape.layer_kinds, strict=True):
+        groups = Counter(m.group for m in layer.matrices)
+        every = sum(m.inputs * m.outputs * m.copies for m in layer.matrices)
+        alone = sum(m.inputs * m.outputs for m in layer.matrices if groups[m.group] == m.copies == 1)
+        kept += count * ((1 - share) * every + share * (0 if program.compiled else alone))
+        largest = max(largest, every if share and count else 0.0)
+    return program.copies * (kept + largest)
+
+
 def _gathered(setting: Setting, part: Part, everything: Held, ends: Held) -> dict[str, float]:
-    """FSDP: whole parameters of the layers at work, gradients on their way, embedding and head."""
+    """FSDP: whole parameters of the layers at work, gradients on their way, embedding and head. ZeRO-3: what is kept
+    because it is needed again soon, and the largest module at work."""
     layout, program = setting.layout, setting.program
     kinds = zip(part.layers, setting.shape.layer_kinds, strict=True)
     biggest = max(held(layer.parameters, degrees_of(setting), True).whole for count, layer in kinds if count)
+    if program.live:
+        if layout.shards == 1:
+            return {}
+        most = program.live + max(biggest, setting.shape.vocab * setting.shape.hidden)
+        kept = min(everything.whole, most) * program.gathered
+        return {"gathered parameters": kept + biggest * program.gradient}
     blocks = everything.whole - ends.whole
     if layout.shards == 1:
         gathered = blocks * program.gathered if program.gathered < program.weight else 0.0

@@ -131,6 +131,15 @@ def held_by(setting: Setting, part: Part) -> Held:
     return total
 
 
+def small_elements(setting: Setting, part: Part) -> float:
+    """Elements of the parameters that stay gathered because they have so few."""
+    most = setting.program.persistent
+    own = stage_parameters(setting.shape, (), part.first, part.last, setting.layout.pp)
+    for count, layer in zip(part.layers, setting.shape.layer_kinds, strict=True):
+        own += layer.parameters * count
+    return float(sum(p.elements for p in own if p.elements <= most))
+
+
 def held_ends(setting: Setting, part: Part) -> Held:
     """What the processes of the first and of the last stage have beside layers."""
     ends = stage_parameters(setting.shape, (), part.first, part.last, setting.layout.pp)

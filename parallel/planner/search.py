@@ -53,7 +53,8 @@ class Planned(Sized):
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched. pinned: fields of `Layout` that are not varied. cp_methods: those that the model can have."""
+    """What is searched. pinned: fields of `Layout` that are not varied. cp_methods: those that the model can have.
+    fsdp: FSDP cuts parameters, each along a dim, and may keep them gathered."""
 
     shape: ModelShape
     plan: Plan
@@ -62,6 +63,7 @@ class Space:
     global_batch: int
     pinned: dict[str, Any]
     cp_methods: tuple[Literal["ulysses", "ring"], ...] = ("ulysses", "ring")
+    fsdp: bool = True
 
     def choices(self, name: str, values: Iterable[Any]) -> list[Any]:
         return [self.pinned[name]] if name in self.pinned else list(values)
@@ -113,7 +115,7 @@ class Space:
 
     def _even(self, layout: Layout) -> bool:
         """Whether FSDP takes what other axes leave of each parameter."""
-        if layout.shards == 1 or (layout.tp == 1 and layout.ep == 1):
+        if not self.fsdp or layout.shards == 1 or (layout.tp == 1 and layout.ep == 1):
             return True
         degrees = layout_degrees(layout, self.shape.kv_heads)
         return all(shard_dim(parameter, degrees) is not None for parameter in self._parameters())
@@ -131,7 +133,7 @@ class Space:
                 continue
             for schedule, chunks in self._schedules(layout, count):
                 # In a pipeline parameters stay gathered; where nothing is gathered there is nothing to keep.
-                both = (True,) if layout.pp > 1 else (False,) if layout.shards == 1 else (True, False)
+                both = (True,) if layout.pp > 1 else (True, False) if self.fsdp and layout.shards > 1 else (False,)
                 for keep in self.choices("keep", both):
                     if keep in both:
                         times = {"micro_batch": micro_batch, "schedule": schedule, "chunks": chunks, "keep": keep}

@@ -1,7 +1,7 @@
 """What a training step communicates: which collectives, how often, of how many bytes.
 
-Counts and sizes are exact for this project's own program (`tests/parallel/planner/test_traffic.py`); for others they
-are those of Megatron-LM and of FSDP.
+Counts and sizes are exact for the torch engine (`tests/parallel/planner/test_traffic.py`), bytes for the other engines
+(`tests/parallel/planner/test_engines.py`); for other programs they are those of Megatron-LM and of FSDP.
 """
 
 from collections import Counter
@@ -141,7 +141,7 @@ def parameter_traffic(setting: Setting, layer: LayerShape) -> list[Traffic]:
         return []
     found = []
     times = 1.0 if program.once else setting.microbatches
-    gathers = times * (1 if layout.keep or program.once else 2)
+    gathers = times * (1 if layout.keep or program.once else 2 - _still_there(setting))
     own_group = layout.ep > 1  # experts that expert parallelism has cut are gathered on their own
     for experts, axis in ((False, "shards"), (True, "expert shards")):
         chosen = tuple(p for p in layer.parameters if (p.experts and own_group) == experts)
@@ -151,6 +151,13 @@ def parameter_traffic(setting: Setting, layer: LayerShape) -> list[Traffic]:
             scatter = collective(setting, axis, "reduce-scatter", "gradients", elements * program.reduced, times)
             found += [gather, scatter]
     return [t for t in found if t.count]
+
+
+def _still_there(setting: Setting) -> float:
+    """Share of the parameters that backward finds gathered still: those needed again within `live` elements, there and
+    back."""
+    live, whole = setting.program.live, max(1, setting.shape.parameters)
+    return min(1.0, live / whole)
 
 
 def _gather_and_reduce(setting: Setting, elements: float, what: str, size: float) -> list[Traffic]:
@@ -172,8 +179,9 @@ def once_traffic(setting: Setting, part: Part) -> list[Traffic]:
         if layout.dp_replicate > 1:
             found += _replica_traffic(setting, part)
     else:
-        kind: Kind = "all-reduce" if program.sharded == "none" else "reduce-scatter"
-        found.append(collective(setting, "shards", kind, "gradients", everything.whole * program.reduced))
+        kind: Kind = "all-reduce" if program.sharded == "none" or not program.scatter else "reduce-scatter"
+        times = setting.microbatches if program.sharded == "gradients" else 1
+        found.append(collective(setting, "shards", kind, "gradients", everything.whole * program.reduced, times))
         if program.sharded != "none":
             size = everything.whole * program.gathered
             found.append(collective(setting, "shards", "all-gather", "parameters", size))

@@ -6,6 +6,7 @@ from parallel.planner.gpus import Compute
 from parallel.planner.kernels import fused_attention, plain_attention, product
 from parallel.planner.layout import Setting, local
 from parallel.planner.links import Traffic
+from parallel.planner.pieces import degrees_of, held
 from parallel.planner.shape import LayerShape, Matrix
 from parallel.planner.traffic import BACKWARD, FORWARD, layer_traffic
 
@@ -40,7 +41,10 @@ def layer_work(setting: Setting, layer: LayerShape) -> Work:
     products = [_product_seconds(setting, layer, m) for m in layer.matrices]
     scores = _attention_seconds(setting, layer)
     launches = _launches(setting, layer)
-    moved = _elementwise_bytes(setting, layer) / (gpu.hbm * kernels.hbm)
+    moved = _elementwise_bytes(setting, layer)
+    if setting.program.casts:
+        moved += setting.program.casts * held(layer.parameters, degrees_of(setting), True).whole
+    moved /= gpu.hbm * kernels.hbm
     gaps = launches * kernels.gap
     exposed = _exposed(setting, layer, scores)
     forward = Pass(sum(f for f, _ in products), scores[FORWARD], moved + gaps, exposed[FORWARD])
