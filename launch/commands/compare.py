@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from launch.local import STARTED
+from launch.rundir import error_in
 from parallel.engine import ENGINES
 from pretrain.config import resolve
 from pretrain.report import write_report
@@ -38,7 +39,7 @@ def compare(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps {args.steps}: must be more than {WARM}, the steps that speed is not measured at")
     out = Path(args.out)
     for name in engines:  # before anything runs
-        resolve(args.recipe, [*args.overrides, f"engine={name}"])
+        resolve(args.recipe, [*args.overrides, f"engine={name}", f"train.steps={args.steps}"])
         if (out / name).exists():
             raise ValueError(f"{out / name} is there already; give another --out")
     results = [_run(args, name, out / name) for name in engines]
@@ -69,8 +70,8 @@ def _run(args: argparse.Namespace, engine: str, folder: Path) -> Result:
                 started.terminate()
                 started.wait()
     if started.returncode:
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise ValueError(f"engine = {engine!r} ended with code {started.returncode}: {''.join(last)}; see {log}")
+        said = error_in(log.read_text(errors="replace")) or "it does not say why"
+        raise ValueError(f'engine = "{engine}" ended with code {started.returncode}: {said}; see {log}')
     return read_result(engine, folder, first or time.monotonic() - begin)
 
 

@@ -25,6 +25,7 @@ def test_differences_are_relative_to_the_first() -> None:
     [
         (["--engines", "torch,jax"], "--engines: 'jax' is unknown; any of torch,megatron,deepspeed"),
         (["--steps", "3"], "--steps 3: must be more than 3"),
+        (["--steps", "6"], "schedule.warmup is 10 steps but the run has train.steps = 6"),
         (["--engines", "torch,deepspeed", "parallel.pp=2"], r'engine = "deepspeed" cannot do parallel.pp = 2'),
     ],
 )
