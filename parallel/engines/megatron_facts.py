@@ -37,6 +37,8 @@ class MegatronFacts:
     parameters named `weight` and a module `routing`.
     ends, block: Megatron's names, of the model and within a layer -> ours; a name is that of a module or of a tensor.
     layers: our name of the layers. routing: within a layer, ours of what decides. kv_heads, embedding_scale: as ours.
+    latent_norm: as norm, on the latents of multi-head latent attention, whose sizes the arguments then have; its core
+    rotates the last dims of a head, which keys have the same in all of them. None: attention without latents.
     """
 
     cfg: Any
@@ -57,3 +59,4 @@ class MegatronFacts:
     kv_heads: int = 1
     embedding_scale: float = 1.0
     qk_norm: bool = False
+    latent_norm: Callable[[int], nn.Module] | None = None

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE, TEColumnParallelLinear, TERowParallelLinear
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from parallel.engines.megatron_facts import MegatronFacts
+from parallel.engines.megatron_latent import latent_spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of parameters
 
@@ -29,7 +31,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  
 def make_config(facts: MegatronFacts, degrees: dict[str, int], chunks: int, precision: str) -> TransformerConfig:
     """Megatron's config: no dropout, no fusion that only CUDA has, losses and gradients as sums."""
     tp, pp = degrees["tp"], degrees["pp"]
-    return TransformerConfig(
+    kind = TransformerConfig if facts.latent_norm is None else MLATransformerConfig
+    return kind(
         **facts.arguments,
         tensor_model_parallel_size=tp,
         sequence_parallel=tp > 1,
@@ -62,29 +65,31 @@ def make_config(facts: MegatronFacts, degrees: dict[str, int], chunks: int, prec
     )
 
 
-def layer_specs(facts: MegatronFacts, layers: range) -> TransformerBlockSubmodules:
-    """Of the layers of one chunk, numbered from 0 over the whole model."""
-    norm = _norm_class(facts)
-    core = _core_class(facts)
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=core,
-            linear_proj=RowParallelLinear,
-            q_layernorm=norm if facts.qk_norm else IdentityOp,
-            k_layernorm=norm if facts.qk_norm else IdentityOp,
-        ),
-    )
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    dense = ModuleSpec(module=MLP, submodules=linears)
+def linear_layers(precision: torch.dtype) -> tuple[type, type]:
+    """Column- and row-parallel linear layers of a model with parameters of this dtype: Megatron's of Transformer Engine
+    where that is installed and can compute it on this process's GPU, else its local ones; of both, the parameters have
+    the same names and shapes.
+
+    With Transformer Engine itself this has not been run on a GPU: tested is Megatron's layer over a stand-in.
+    """
+    if HAVE_TE and torch.cuda.is_available() and precision != torch.float64:
+        return TEColumnParallelLinear, TERowParallelLinear
+    return ColumnParallelLinear, RowParallelLinear
+
+
+def layer_specs(facts: MegatronFacts, layers: range, linears: tuple[type, type]) -> TransformerBlockSubmodules:
+    """Of the layers of one chunk, numbered from 0 over the whole model. linears: as `linear_layers` gives them."""
+    column, row = linears
+    norm = _norm_class(facts.norm)
+    attention = _attention(facts, column, row)
+    products = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    dense = ModuleSpec(module=MLP, submodules=products)
     sparse = ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
             router=_router_class(facts),
-            experts=ModuleSpec(module=SequentialMLP, submodules=linears),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
+            experts=ModuleSpec(module=SequentialMLP, submodules=products),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=products),
         ),
     )
 
@@ -102,6 +107,20 @@ def layer_specs(facts: MegatronFacts, layers: range) -> TransformerBlockSubmodul
         )
 
     return TransformerBlockSubmodules(layer_specs=[layer(index) for index in layers], layer_norm=norm)
+
+
+def _attention(facts: MegatronFacts, column: type, row: type) -> ModuleSpec:
+    core = _core_class(facts)
+    if facts.latent_norm is not None:
+        return latent_spec(column, row, core, _norm_class(facts.latent_norm))
+    norm = _norm_class(facts.norm) if facts.qk_norm else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=column, core_attention=core, linear_proj=row, q_layernorm=norm, k_layernorm=norm
+        ),
+    )
 
 
 class Head:
@@ -130,7 +149,7 @@ class Chunk(GPTModel):
     ):
         super().__init__(
             config=config,
-            transformer_layer_spec=layer_specs(facts, layers),
+            transformer_layer_spec=layer_specs(facts, layers, linear_layers(config.params_dtype)),
             vocab_size=facts.vocab_size,
             max_sequence_length=facts.max_seq_len,
             pre_process=first,
@@ -174,9 +193,9 @@ def _computed(_: nn.Module, __: Any, out: Tensor) -> Tensor:
     return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
 
 
-def _norm_class(facts: MegatronFacts) -> type:
+def _norm_class(build: Callable[[int], nn.Module]) -> type:
     def make(_: type, config: TransformerConfig, hidden_size: int, eps: float = 0.0, **__: Any) -> nn.Module:
-        norm = facts.norm(hidden_size)
+        norm = build(hidden_size)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         norm.register_forward_hook(_computed)

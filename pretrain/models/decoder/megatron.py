@@ -9,6 +9,7 @@ from parallel.engines.megatron_facts import MegatronFacts, Row
 from pretrain.models.decoder.config import DecoderConfig
 from pretrain.models.decoder.model import Rotation, by_kind, make_core
 from pretrain.models.layers.attention import AttentionMask
+from pretrain.models.layers.mla import LATENT_EPS, MLA
 from pretrain.models.layers.mlp import ACTIVATIONS
 from pretrain.models.layers.moe import MoE, RouterLinear, Routing
 from pretrain.models.layers.norm import make_norm
@@ -26,6 +27,12 @@ BLOCK = {
     "self_attention.q_layernorm": Row(("attention.q_norm",)),
     "self_attention.k_layernorm": Row(("attention.k_norm",)),
     "self_attention.linear_proj": Row(("attention.out",)),
+    "self_attention.linear_q_proj": Row(("attention.q",)),
+    "self_attention.linear_q_down_proj": Row(("attention.q_down",)),
+    "self_attention.linear_q_up_proj": Row(("attention.q_up",)),
+    "self_attention.linear_kv_down_proj": Row(("attention.kv_down",)),
+    "self_attention.kv_layernorm": Row(("attention.kv_norm",)),
+    "self_attention.linear_kv_up_proj": Row(("attention.kv_up",)),
     "pre_mlp_layernorm": Row(("mlp_norm",)),
     "mlp.linear_fc2": Row(("mlp.down",)),
     "mlp.router.inner": Row(("moe.router",)),
@@ -60,6 +67,8 @@ def facts(cfg: DecoderConfig) -> MegatronFacts:
     }
     if cfg.moe is not None:
         arguments |= _experts(cfg.moe)
+    if cfg.mla is not None:
+        arguments |= _latents(cfg.mla)
     return MegatronFacts(
         cfg=cfg,
         arguments=arguments,
@@ -69,7 +78,7 @@ def facts(cfg: DecoderConfig) -> MegatronFacts:
         learned_positions=cfg.positions == "learned",
         sparse=tuple(cfg.sparse(index) for index in range(cfg.layers)),
         norm=lambda width: make_norm(cfg.norm, width, cfg.norm_eps),
-        core=lambda index: RotatedCore(cfg, index),
+        core=lambda index: RotatedCore(cfg, index) if cfg.mla is None else LatentCore(cfg, index),
         context=lambda mask, positions: Context(*by_kind(cfg, mask, positions)),
         ends=ENDS,
         block=BLOCK | (GATED if cfg.gated else PLAIN),
@@ -78,6 +87,7 @@ def facts(cfg: DecoderConfig) -> MegatronFacts:
         kv_heads=cfg.num_kv_heads,
         embedding_scale=cfg.embedding_scale,
         qk_norm=cfg.qk_norm == "head",
+        latent_norm=None if cfg.mla is None else lambda width: make_norm(cfg.norm, width, LATENT_EPS),
     )
 
 
@@ -85,11 +95,12 @@ def check(cfg: DecoderConfig) -> None:
     """Raises ValueError that names the key."""
     biases = {"mlp_bias": cfg.mlp_bias, "out_bias": cfg.out_bias}
     wrong = {
-        "mla": cfg.mla is not None and "[model.mla] rotates positions that count from the row's start there",
         "norm_position": cfg.norm_position != "pre" and f"{cfg.norm_position!r} norms have no place in its layers",
         "qk_norm": cfg.qk_norm == "full" and '"full" has no place in its attention, "head" has',
         "out_bias": cfg.mlp_bias != cfg.out_bias and f"{biases}: all its linear layers have a bias or none",
-        "qkv_bias": cfg.mlp_bias and not cfg.qkv_bias and "false, but mlp_bias true gives all its linear layers one",
+        "qkv_bias": cfg.mlp_bias
+        and not (cfg.qkv_bias or cfg.mla)
+        and "false, but mlp_bias true gives all its linear layers one",
     }
     if cfg.moe is not None:
         wrong |= {
@@ -113,6 +124,18 @@ def _experts(moe: MoE) -> dict[str, Any]:
     }
 
 
+def _latents(mla: MLA) -> dict[str, Any]:
+    """Scores are scaled and positions rotated in our core: what Megatron has for that is not used."""
+    return {
+        "q_lora_rank": mla.q_rank or None,
+        "kv_lora_rank": mla.kv_rank,
+        "qk_head_dim": mla.nope_dim,
+        "qk_pos_emb_head_dim": mla.rope_dim,
+        "v_head_dim": mla.v_dim,
+        "rope_type": "rope",
+    }
+
+
 class Context(NamedTuple):
     """Of a micro-batch, by kind of layer."""
 
@@ -131,9 +154,27 @@ class RotatedCore(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         rotation = context.rotations[self.kind]
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k = self.rotated(q, k, rotation)
         out: Tensor = self.core(q, k, v, context.masks[self.kind])
         return out
+
+    def rotated(self, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        return rotate(q, *rotation), rotate(k, *rotation)
+
+
+class LatentCore(RotatedCore):
+    """The last dims of a head are rotated; those of keys are the same in all heads."""
+
+    def __init__(self, cfg: DecoderConfig, index: int):
+        super().__init__(cfg, index)
+        assert cfg.mla is not None
+        self.parts = [cfg.mla.nope_dim, cfg.mla.rope_dim]
+
+    def rotated(self, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        (q_nope, q_rope), (k_nope, k_rope) = (x.split(self.parts, dim=-1) for x in (q, k))
+        q_rope = rotate(q_rope, *rotation, neighbours=True)
+        k_rope = rotate(k_rope[:, :, :1], *rotation, neighbours=True).expand_as(k_rope)
+        return torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope), dim=-1)
 
 
 class Router(RouterLinear):
