@@ -42,6 +42,8 @@ class DeepSpeedEngine:
         if spec.across is not None:
             check_across(degrees, spec.global_batch, spec.micro_batch)
         self.device, self.data_rank = world.device, world.rank
+        # As DeepSpeed's launcher does; else ZeRO 3 on CPUs starts `numactl` for each bucket of gradients.
+        os.environ.setdefault("LOCAL_SIZE", str(world.per_node or world.size))
         self._alone = not dist.is_initialized()
         if self._alone:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists

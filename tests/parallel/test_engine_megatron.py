@@ -1,4 +1,4 @@
-"""The Megatron-Core engine: the native engine's numbers in every layout, resumes from and to it, and what it refuses.
+"""The Megatron-Core engine: the native engine's numbers in every layout, and what it refuses.
 
 Everything that imports Megatron runs on ranks, which are processes of their own.
 """
@@ -161,15 +161,6 @@ def _config(folder: Path, shards: Path, overrides: list[str]) -> RunConfig:
 
 @needs_megatron
 @pytest.mark.slow
-def test_one_process_equals_the_native_engine_over_twenty_steps(tmp_path, tiny_shards):
-    names = {"torch": tmp_path / "torch", "megatron": tmp_path / "megatron"}
-    runs = [(folder, tiny_shards, [f"engine={name}", "train.steps=20"]) for name, folder in names.items()]
-    run_ranks(_trainings, 1, runs, timeout=120)
-    torch.testing.assert_close(losses(names["megatron"]), losses(names["torch"]), rtol=1e-5, atol=0)
-
-
-@needs_megatron
-@pytest.mark.slow
 def test_mixed_precision_is_that_of_the_native_engine(tmp_path, tiny_shards):
     layouts = {"native": [], "tp": ["engine=megatron", "parallel.tp=2"], "pp": ["engine=megatron", "parallel.pp=2"]}
     bf16 = ["train.precision=bf16", "train.steps=10"]
@@ -178,32 +169,6 @@ def test_mixed_precision_is_that_of_the_native_engine(tmp_path, tiny_shards):
         torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "native"), rtol=2e-3, atol=0)
         moments = tensors(tmp_path / name, 10)
         assert all(tensor.dtype == torch.float32 for tensor in moments.values())
-
-
-@needs_megatron
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [[], MOE], ids=["dense", "experts"])
-def test_runs_change_between_engines_at_a_checkpoint(tmp_path, tiny_shards, model):
-    megatron = ["engine=megatron"]
-    shared = ["parallel.ep=2"] if model else ["parallel.dp_shard=2"]
-    pairs = {
-        "native, then tp": ([], [*megatron, "parallel.tp=2"]),
-        "shared, then native": ([*megatron, *shared], ["parallel.tp=2"]),
-        "pp, then shared": ([*megatron, "parallel.pp=2"], [*megatron, *shared]),
-        "tp, then pp": ([*megatron, "parallel.tp=2"], [*megatron, "parallel.pp=2"]),
-    }
-    runs = [(tmp_path / "whole", tiny_shards, model)]
-    for name, (before, after) in pairs.items():
-        runs.append((tmp_path / name, tiny_shards, [*model, *before, "train.stop_at=3"]))
-        runs.append((tmp_path / name, tiny_shards, [*model, *after]))
-    run_ranks(_trainings, 2, runs, timeout=280)
-    names = {name.split(":")[1] for name in tensors(tmp_path / "whole", 6)}
-    for name in pairs:
-        torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "whole"), rtol=1e-5, atol=0)
-        shards = tensors(tmp_path / name, 6)
-        assert {key.split(":")[1] for key in shards} == names
-        steps = [tensor for key, tensor in shards.items() if ":step." in key]
-        assert steps and all(float(step) == 6 for step in steps)
 
 
 REFUSED = {
@@ -240,7 +205,6 @@ def test_layouts_are_refused_before_anything_runs():
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        (["model.mla.kv_rank=16", "model.kv_heads=0"], "model.mla"),
         (["model.qk_norm=full"], "model.qk_norm"),
         (["model.norm_position=post"], "model.norm_position"),
         (["model.mlp_bias=true"], "model.qkv_bias|model.out_bias"),
