@@ -147,7 +147,9 @@ def parameter_traffic(setting: Setting, layer: LayerShape) -> list[Traffic]:
         chosen = tuple(p for p in layer.parameters if (p.experts and own_group) == experts)
         elements = held(chosen, degrees_of(setting), True).gathered if chosen else 0.0
         if elements:
-            gather = collective(setting, axis, "all-gather", "parameters", elements * program.gathered, gathers)
+            small = sum(p.elements for p in chosen if p.elements <= program.persistent)  # gathered once a step
+            size = (elements - small * (1 - 1 / gathers)) * program.gathered
+            gather = collective(setting, axis, "all-gather", "parameters", size, gathers)
             scatter = collective(setting, axis, "reduce-scatter", "gradients", elements * program.reduced, times)
             found += [gather, scatter]
     return [t for t in found if t.count]
