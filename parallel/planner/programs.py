@@ -21,8 +21,8 @@ def torch_program(*, bf16: bool, compiled: bool, chunk: int, muon: bool) -> Prog
 
 def megatron_program(*, bf16: bool, chunk: int) -> Program:
     """Megatron's modules, never compiled, and gradient buffers in fp32, both whole on every data rank; moments are cut
-    over them, without a copy of the weights beside. Its products are functions that keep fp32 weights for backward: a
-    16-bit copy lives as long as one product.
+    over them, without a copy of the weights beside. Its own linear layers keep fp32 weights for backward: a 16-bit copy
+    lives as long as one product. Those of Transformer Engine, taken where it is installed, are not counted.
     """
     program = Program(
         sharded="state", gathered=4, wire=2, chunk=chunk, overlap=False, fused=False, compiled=False, regather=True,
