@@ -6,6 +6,7 @@ import sys
 BENCHES = (
     "bench_train",
     "bench_parallel",
+    "bench_engines",
     "bench_moe",
     "bench_start",
     "bench_loader",
