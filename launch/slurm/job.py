@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from launch.ranks import Failure, Tail
-from launch.rundir import first_error, log_folder, rank_log, read_json
+from launch.rundir import first_error, log_folder, lost_contact, rank_log, read_json
 from launch.slurm import allocation
 from launch.slurm.recipe import fewer_nodes, goal
 from pretrain.history import append_end, append_line, now, read_ends, read_lines, this_start
@@ -239,6 +239,8 @@ class Supervisor:
             reason, detail = "rank lost", self._last_words() or "srun failed"
         elif failure.code < 0:
             reason, detail = "rank lost", str(failure)
+        elif said and lost_contact(said.line):  # what it lost could not tell: killed, with all that watched it
+            reason, detail, rank, host = "rank lost", said.line, None, None
         else:
             reason, detail = "error", said.line if said else str(failure)
             rank = said.rank if said else rank

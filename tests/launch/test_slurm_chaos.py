@@ -7,7 +7,6 @@ from tests.launch.chaos import QUIET, survive
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.xfail(reason="20 faults passed by hand; these 3 were never seen to pass under pytest")
 def test_random_faults_do_not_change_a_bit(slurm, tmp_path, tiny_shards, monkeypatch):
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)

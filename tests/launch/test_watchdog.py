@@ -115,7 +115,6 @@ def test_names_the_shard_or_the_save_that_hangs(tmp_path, own_shards, fault, pha
     assert f'in phase "{phase}"' in text and at in text
 
 
-@pytest.mark.xfail(reason="failed, was mended in launch/stragglers.py, and not yet seen to pass since")
 def test_a_slow_rank_is_logged(tmp_path, tiny_shards):
     """By the time that it does not wait for others; the steps of all take equally long."""
     with Started(
