@@ -1,7 +1,7 @@
 """Three engines, one run: equal losses at every step, each goes on where another stopped, and exports are equal.
 
 All through the loop that a user starts, on the same shards, in fp32. Megatron and DeepSpeed run on ranks, which are
-processes of their own; importing them takes longer than the runs do, so all runs of a world share its processes.
+processes of their own, which many runs share: starting and importing takes longer than a run.
 """
 
 import importlib.util
@@ -105,11 +105,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     def start(model: str, name: str, overrides: list[str], stopped: Path | None = None) -> Start:
         return Start(_config(folder / model / name, tiny_shards, model, overrides), stopped)
 
-    two: list[Start | PassOn] = []
     four: list[Start | PassOn] = []
     for model in MODELS:
         train(start(model, "alone", []).config, ALONE)
-        two += [start(model, name, LAYOUTS[name]) for name in TWO[model]]
+        two: list[Start | PassOn] = [start(model, name, LAYOUTS[name]) for name in TWO[model]]
         two += [_pass_on(folder / model, name) for name in TWO[model]]
         for first in dict.fromkeys(first for first, _ in PAIRS[model]):
             two.append(start(model, f"half {first}", [*LAYOUTS[first], f"train.stop_at={STOP}"]))
@@ -118,7 +117,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
             two.append(start(model, f"{first}, then {second}", LAYOUTS[second], stopped))
         for name, overrides in FOUR.items():
             four += [start(model, name, overrides), _pass_on(folder / model, name)]
-    run_ranks(_work, 2, two, timeout=700)
+        run_ranks(_work, 2, two, timeout=400)  # a world each: the groups of runs that are over keep their threads
     run_ranks(_work, 4, four, timeout=400)
     return folder
 
