@@ -55,5 +55,7 @@ def hide_hooks(module: nn.Module) -> None:
 
 
 def _policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    saved = op in SAVED_OPS or any(part in str(op) for part in SAVED_NAMES)
+    name = str(op)
+    # Megatron's collectives write into a buffer: what they return must not be kept, or may be overwritten.
+    saved = op in SAVED_OPS or (not name.startswith("c10d.") and any(part in name for part in SAVED_NAMES))
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE

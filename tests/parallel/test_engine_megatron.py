@@ -133,7 +133,7 @@ def test_two_processes_equal_the_native_engine():
         2,
         [
             (DENSE, [REPLICAS, shared, tp, pp, INTERLEAVED, cp, [*cp, "parallel.cp_method=ring"]]),
-            (TIED, [tp, pp]),
+            ([*TIED, "train.recompute=selective"], [tp, pp]),
             (OTHER, [tp, pp]),
             (MOE, [ep, shared, tp, pp]),
             (MIXED, [ep, tp, [*cp, *ep]]),
