@@ -4,15 +4,28 @@ Nothing is remembered: the cursor and the mixture's history (timeline.py) resume
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from data_pipeline.ahead import Ahead
 from data_pipeline.ledger import Record
 from data_pipeline.pack import ImageSamples, Pieces, Samples, SourceStream, TokenStream, pack
 from data_pipeline.timeline import Timeline
 
 Part = tuple[int, Any, int, np.ndarray]
+
+
+class Laid(NamedTuple):
+    """`Pieces` of several sources, [n] each."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    documents: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    sources: np.ndarray  # number of the source
+    skipped: np.ndarray  # whether the document is left out
 
 
 @runtime_checkable
@@ -46,6 +59,8 @@ class MixedStream:
             raise ValueError(f"mixture: sources with different patches and values of a patch {sorted(shapes)}")
         self._patch_shape = next(iter(shapes), None)
         self.seq_len = lengths[0]
+        self._text = all(isinstance(stream, TokenStream) for stream in streams.values())
+        self._ahead = Ahead(self._laid)
 
     def _stream(self, number: int) -> SourceStream:
         name = self.timeline.names[number]
@@ -55,12 +70,10 @@ class MixedStream:
 
     def read(self, start: int, count: int) -> Samples | ImageSamples:
         """Samples ``start`` to ``start + count - 1`` of the mixture."""
-        parts = self._parts(start, count)
-        streams = [stream for _, stream, _, _ in parts]
-        if self._patch_shape is None and all(isinstance(stream, TokenStream) for stream in streams):
-            return self._packed(parts, count)
+        if self._text:
+            return self._packed(self._ahead(start, count), count)
         mixed: Samples | ImageSamples | None = None
-        for _, stream, first, rows in parts:
+        for _, stream, first, rows in self._parts(start, count):
             samples = self._widened(stream.read(first, len(rows)))
             if len(rows) == count:
                 return samples
@@ -71,18 +84,29 @@ class MixedStream:
         assert mixed is not None
         return mixed
 
-    def _packed(self, parts: list[Part], count: int) -> Samples:
+    def _packed(self, laid: Laid, count: int) -> Samples:
         """Text of several sources laid out at once, without a copy of each source's rows."""
-        found = [(stream, rows, stream.pieces(first, len(rows))) for _, stream, first, rows in parts]
+        sources, views = set(laid.sources.tolist()), {}
+        for source in sources:
+            own = laid.sources == source if len(sources) > 1 else slice(None)
+            documents, offsets, lengths = laid.documents[own], laid.offsets[own], laid.lengths[own]
+            stream: Any = self._stream(source)
+            views[source] = iter(stream.dataset.views(documents, offsets, lengths))
+        in_order = [next(views[source]) for source in laid.sources.tolist()]
+        return pack(Pieces(*laid[:5]), in_order, count, self.seq_len, laid.skipped)
+
+    def _laid(self, start: int, count: int) -> Laid:
+        """What these samples are made of, where all sources are text."""
+        found = []
+        for source, stream, first, rows in self._parts(start, count):
+            pieces: Pieces = stream.pieces(first, len(rows))
+            own = pieces._replace(rows=rows[pieces.rows])
+            found.append(Laid(*own, sources=np.full(len(own.rows), source), skipped=stream.skips(pieces)))
         if len(found) == 1:
-            return parts[0][1].read(parts[0][2], count)
-        columns = [Pieces(rows[pieces.rows], *pieces[1:]) for _, rows, pieces in found]
-        pieces = Pieces(*map(np.concatenate, zip(*columns, strict=True)))
-        order = np.argsort(pieces.rows, kind="stable")
-        views = [view for stream, _, own in found for view in stream.views(own)]
-        skips = np.concatenate([stream.skips(own) for stream, _, own in found])
-        pieces = Pieces(*(column[order] for column in pieces))
-        return pack(pieces, [views[place] for place in order.tolist()], count, self.seq_len, skips[order])
+            return found[0]
+        laid = Laid(*map(np.concatenate, zip(*found, strict=True)))
+        order = np.argsort(laid.rows, kind="stable")
+        return Laid(*(column[order] for column in laid))
 
     def _parts(self, start: int, count: int) -> list[Part]:
         """(number, stream, its first sample, rows) of each source in these samples; a source's follow one another."""

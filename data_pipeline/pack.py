@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from data_pipeline.ahead import Ahead
 from data_pipeline.reader import TokenDataset
 
 PIECES_AT_ONCE = 4096  # places of the sample permutation computed together
@@ -110,10 +111,11 @@ class TokenStream:
         self._skipped = np.array(sorted(skipped), np.int64)
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._pieces: dict[tuple[int, int], np.ndarray] = {}
+        self._ahead = Ahead(self.pieces)
 
     def read(self, start: int, count: int) -> Samples:
         """Samples ``start`` to ``start + count - 1`` of the stream."""
-        pieces = self.pieces(start, count)
+        pieces = self._ahead(start, count)
         return pack(pieces, self.views(pieces), count, self.seq_len, self.skips(pieces))
 
     def documents(self, start: int, count: int) -> Entries:
