@@ -6,7 +6,8 @@
    rate against dense products (tests.bench.gpu_attention, tests.bench.gpu_experts);
 2. a 1B dense model (recipe llama3-1b, sequence 4096, bf16, compiled): tokens/s, MFU, peak memory, beside a bare loop
    around transformers' Llama with SDPA (or flash-attn) and compile on the same GPU;
-3. bitwise resume.
+3. bitwise resume;
+4. every engine that is installed: the same 20 steps, losses within 1e-3 of each other (`pretrain compare`, fp32).
 
 MFU = model FLOPs (6 per matmul parameter and token, plus causal attention) over the datasheet's dense bf16 peak.
 """
@@ -25,6 +26,8 @@ from pathlib import Path
 import torch
 
 from checkpoints.store import CheckpointStore
+from launch.commands.compare import read_result
+from parallel.engine import ENGINES, check_installed
 from parallel.hardware import device_peak_flops
 from parallel.world import World
 from pretrain.config import RunConfig, resolve
@@ -136,6 +139,26 @@ def resume_is_bitwise() -> bool:
         return [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
 
 
+def engines_agree(steps: int = 20) -> bool:
+    """The recipe `tiny` under each engine that is installed, on one device."""
+    names = []
+    for name in ENGINES:
+        try:
+            check_installed(name)
+            names.append(name)
+        except ValueError as error:
+            print(f"engine {name} is left out: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--engines", ",".join(names), "--steps", str(steps), "--nproc", "1", "--out", f"{folder}/engines"]
+        command = [sys.executable, "-m", "launch.cli", "compare", "tiny", "train.precision=fp32", *words]
+        if subprocess.run(command, check=False).returncode:
+            return False
+        first, *others = (read_result(name, Path(folder) / "engines" / name, 0.0).losses for name in names)
+    worst = max((abs(other[step] / loss - 1) for other in others for step, loss in first.items()), default=0.0)
+    print(f"losses of {', '.join(names)} differ by {worst:.1e} at most")
+    return worst < 1e-3
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
@@ -159,7 +182,8 @@ def main() -> int:
         failures += subprocess.run([*command, "--micro-batch", str(args.micro_batch)], check=False).returncode != 0
     same = resume_is_bitwise()
     print(f"bitwise resume: {'yes' if same else 'NO'}")
-    return int(failures > 0 or not same)
+    agree = engines_agree()
+    return int(failures > 0 or not same or not agree)
 
 
 if __name__ == "__main__":
