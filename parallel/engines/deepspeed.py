@@ -44,6 +44,8 @@ class DeepSpeedEngine:
         self.device, self.data_rank = world.device, world.rank
         # As DeepSpeed's launcher does; else ZeRO 3 on CPUs starts `numactl` for each bucket of gradients.
         os.environ.setdefault("LOCAL_SIZE", str(world.per_node or world.size))
+        # Or it compiles a kernel of its own for processes of one machine, for minutes, where gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._alone = not dist.is_initialized()
         if self._alone:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
