@@ -1,5 +1,6 @@
 """This process among the others: who it is, which device it owns, joining and leaving."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,3 +59,21 @@ def join_world(timeout_minutes: float = 10.0) -> Iterator[World]:
         raise error
     dist.barrier()
     dist.destroy_process_group()
+
+
+@contextmanager
+def own_groups() -> Iterator[None]:
+    """Leave the process groups that were made within, unless by an error. The threads of each gloo group wake up a
+    hundred times a second as long as it is there, and a mesh has a group for each of its axes.
+    """
+    known = _groups()
+    yield
+    for group in _groups():
+        if group not in known:
+            dist.destroy_process_group(group)
+    gc.collect()  # a group is gone with the last that points at it, and models point at themselves
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    """Those that this process is in, in the order that they were made in."""
+    return list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []
