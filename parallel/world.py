@@ -63,13 +63,13 @@ def join_world(timeout_minutes: float = 10.0) -> Iterator[World]:
 
 @contextmanager
 def own_groups() -> Iterator[None]:
-    """Leave the process groups that were made within, unless by an error. The threads of each gloo group wake up a
-    hundred times a second as long as it is there, and a mesh has a group for each of its axes.
+    """Leave the process groups that were made within, unless by an error: the threads of a gloo group wake up a hundred
+    times a second as long as it is there. Those of meshes stay, as DTensor takes a mesh for any that is equal to it.
     """
     known = _groups()
     yield
     for group in _groups():
-        if group not in known:
+        if group not in known and not group.group_desc.startswith("mesh"):
             dist.destroy_process_group(group)
     gc.collect()  # a group is gone with the last that points at it, and models point at themselves
 

@@ -17,7 +17,7 @@ from checkpoints.store import CheckpointStore
 from parallel.engine import Engine
 from parallel.layouts import all_layouts, describe_layout
 from parallel.mesh import AXES
-from parallel.world import World, own_groups
+from parallel.world import World
 from pretrain.config import RunConfig, resolve
 from pretrain.engine import build_engine
 from pretrain.objectives import OBJECTIVES
@@ -124,6 +124,16 @@ def layouts(model: str, processes: int, schedules: Sequence[str]) -> list[RunCon
     return [config.model_copy(update={"parallel": parallel}) for parallel in found]
 
 
+def legal(configs: list[RunConfig]) -> Iterator[tuple[str, Engine, Parts]]:
+    """Collective. (layout in words, engine, its live state) for each config whose layout the model can have."""
+    for config in configs:
+        try:
+            engine = start(config)
+        except ValueError:
+            continue
+        yield describe_layout(config.parallel), engine, engine.state_dict()
+
+
 def save_and_load(
     model: str, folder: Path, sources: dict[int, str], every: int, schedules: Sequence[str], saving: bool
 ) -> tuple[dict[int, str], list[str], int]:
@@ -134,54 +144,25 @@ def save_and_load(
     """
     os.fsync = lambda _: None  # type: ignore[assignment]  # hundreds of small files; other tests look at durability
     world = dist.get_world_size()
-    configs = layouts(model, world, schedules)
+    built = list(legal(layouts(model, world, schedules)))
     saved: dict[int, str] = {}
     problems: list[str] = []
-    for number, config in enumerate(configs if saving else ()):
-        step = 1000 * world + number
-        found = save_under(config, store_of(folder, step), step)
-        if found is not None:
-            problems += found
-            saved[step] = f"{world} x {describe_layout(config.parallel)}"
-    steps = sources | saved
-    pairs = legal = 0
-    for config in configs:
-        chosen = list(steps)[legal % every :: every]
-        results = load_under(config, {step: store_of(folder, step) for step in chosen})
-        if results is None:
-            continue
-        legal += 1
-        for step, found in results.items():
-            layout = f"{world} x {describe_layout(config.parallel)}"
-            problems += [f"{steps[step]} -> {layout}: {name}" for name in found]
-        pairs += len(results)
+    for number, (layout, engine, state) in enumerate(built):
+        fill(state)
+        if saving:
+            # What a layout holds is what it should, gathered; moments lie as their parameters do.
+            problems += [f"{layout} before saving: {name}" for name in wrong({"model": state["model"]})]
+            step = 1000 * world + number
+            store_of(folder, step).save(step, state["model"], state["optimizer"], {}, ties=engine.ties)
+            saved[step] = f"{world} x {layout}"
+    steps = list(sources | saved)
+    pairs = 0
+    for number, (layout, engine, state) in enumerate(built):
+        for step in steps[number % every :: every]:
+            found = load(store_of(folder, step), step, engine, state)
+            problems += [f"{(sources | saved)[step]} -> {world} x {layout}: {name}" for name in found]
+            pairs += 1
     return saved, problems, pairs
-
-
-@own_groups()
-def save_under(config: RunConfig, store: CheckpointStore, step: int) -> list[str] | None:
-    """Collective. What is not what it should be before it is saved; None where the model cannot have the layout."""
-    try:
-        engine = start(config)
-    except ValueError:
-        return None
-    state = engine.state_dict()
-    fill(state)
-    store.save(step, state["model"], state["optimizer"], {}, ties=engine.ties)
-    # What a layout holds is what it should, gathered; moments lie as their parameters do.
-    return [f"{describe_layout(config.parallel)} when saving: {name}" for name in wrong({"model": state["model"]})]
-
-
-@own_groups()
-def load_under(config: RunConfig, stores: dict[int, CheckpointStore]) -> dict[int, list[str]] | None:
-    """Collective. By step, what a checkpoint did not bring back; None where the model cannot have the layout."""
-    try:
-        engine = start(config)
-    except ValueError:
-        return None
-    state = engine.state_dict()
-    fill(state)
-    return {step: load(store, step, engine, state) for step, store in stores.items()}
 
 
 def store_of(folder: Path, step: int) -> CheckpointStore:
