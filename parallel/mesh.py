@@ -1,10 +1,13 @@
 """The only mesh builder: degrees of parallelism -> one DeviceMesh that all strategies slice."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: tp stays inside a node
 SHARD_AXIS = "dp_shard_cp"  # dp_shard and cp as one: processes that share a sequence share parameters too
@@ -112,13 +115,37 @@ class Mesh:
         sizes = degrees | {SHARD_AXIS: shards, EXPERT_SHARD_AXIS: shards // ep}
 
         def grid(axes: tuple[str, ...]) -> DeviceMesh:
-            return init_device_mesh(device_type, tuple(sizes[name] for name in axes), mesh_dim_names=axes)
+            ranks = torch.arange(dist.get_world_size()).reshape([sizes[name] for name in axes])
+            groups = [_group(name, ranks.movedim(dim, -1)) for dim, name in enumerate(axes)]
+            return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=axes)
 
         self._grid = grid(GRID)
         self.experts = grid(EXPERT_GRID) if ep > 1 else None
         # On its own, since slicing a parent along a flattened axis is on its way out of torch.
-        shape = (self._grid.size() // (degrees["cp"] * degrees["tp"]), degrees["cp"], degrees["tp"])
-        self._sequence = init_device_mesh(device_type, shape, mesh_dim_names=("outer", "cp", "inner"))["cp"]
+        cp = torch.arange(dist.get_world_size()).reshape(-1, degrees["cp"], degrees["tp"]).movedim(1, -1)
+        self._sequence = DeviceMesh.from_group(_group("cp", cp), device_type, mesh_dim_names=("cp",))
 
     def __getitem__(self, axes: str | tuple[str, ...]) -> DeviceMesh:
         return self._sequence if axes == "cp" else self._grid[axes]
+
+
+Rows = tuple[tuple[int, ...], ...]
+_made: dict[Any, dict[tuple[str, Rows], Any]] = {}  # the group of all processes -> those that were made beside it
+
+
+def _group(axis: str, ranks: Tensor) -> Any:
+    """This process's group of an axis, of which the rows of `ranks` [..., degree] are all groups. Collective.
+
+    Made once: each has threads or a communicator of its own, and DTensor takes meshes that are equal for the same. Axes
+    in which each process is alone share theirs.
+    """
+    rows: Rows = tuple(map(tuple, ranks.reshape(-1, ranks.shape[-1]).tolist()))
+    name = axis if ranks.shape[-1] > 1 else "alone"
+    if dist.group.WORLD not in _made:
+        _made.clear()
+        _made[dist.group.WORLD] = {}
+    made = _made[dist.group.WORLD]
+    if (name, rows) not in made:
+        groups = [dist.new_group(row, group_desc=f"mesh_{name}") for row in rows]
+        made[name, rows] = next(group for group, row in zip(groups, rows, strict=True) if dist.get_rank() in row)
+    return made[name, rows]
