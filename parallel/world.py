@@ -1,6 +1,5 @@
 """This process among the others: who it is, which device it owns, joining and leaving."""
 
-import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,21 +58,3 @@ def join_world(timeout_minutes: float = 10.0) -> Iterator[World]:
         raise error
     dist.barrier()
     dist.destroy_process_group()
-
-
-@contextmanager
-def own_groups() -> Iterator[None]:
-    """Leave the process groups that were made within, unless by an error: the threads of a gloo group wake up a hundred
-    times a second as long as it is there. Those of meshes stay, as DTensor takes a mesh for any that is equal to it.
-    """
-    known = _groups()
-    yield
-    for group in _groups():
-        if group not in known and not group.group_desc.startswith("mesh"):
-            dist.destroy_process_group(group)
-    gc.collect()  # a group is gone with the last that points at it, and models point at themselves
-
-
-def _groups() -> list[dist.ProcessGroup]:
-    """Those that this process is in, in the order that they were made in."""
-    return list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []

@@ -21,7 +21,7 @@ from data_pipeline.mix import MixedStream
 from parallel.engine import Batch, Engine
 from parallel.hardware import device_peak_flops
 from parallel.mesh import axes_across_nodes, resolve_degrees
-from parallel.world import World, own_groups
+from parallel.world import World
 from pretrain.agree import check_agreement
 from pretrain.compile import decide_compile
 from pretrain.config import RunConfig, write_config
@@ -94,7 +94,6 @@ def train(
         lock.release()
 
 
-@own_groups()
 def _train(config: RunConfig, world: World, ranks: Ranks, beat: Heartbeat, resume_command: str) -> Position:
     run_dir = Path(config.run.dir)
     store = open_store(config)

@@ -32,7 +32,7 @@ from parallel.mesh import AXES, resolve_degrees
 from parallel.pipeline_cut import check_microbatches, plan_stages
 from parallel.tensor import check_tensor
 from parallel.verify import Comparison, Distance, Layout, compare, typical_error
-from parallel.world import World, own_groups
+from parallel.world import World
 from pretrain.config import RunConfig, validate
 from pretrain.data import reads_classes
 from pretrain.engine import build_engine, make_spec
@@ -74,7 +74,6 @@ class Recorder:
         return sums
 
 
-@own_groups()
 def run_steps(config: RunConfig, world: World, steps: int) -> Outcome:
     """Train `steps` steps of the recipe on synthetic data and evaluate once. Collective."""
     objective = OBJECTIVES[config.objective.name][1](config.objective)

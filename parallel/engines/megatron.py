@@ -5,6 +5,7 @@ shapes of what is saved. Sequence parallelism is always on with tensor paralleli
 loss is divided by the global count of targets before backward, and gradients are summed.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -150,6 +151,10 @@ class MegatronEngine:
 
     def close(self) -> None:
         parallel_state.destroy_model_parallel()
+        for group in self._groups:  # Megatron forgets them, and each keeps threads
+            dist.destroy_process_group(group)
+        del self._models, self.optimizer, self._groups
+        gc.collect()  # what Megatron makes points at itself
         if self._own_group:
             dist.destroy_process_group()
 
@@ -157,6 +162,7 @@ class MegatronEngine:
         if parallel_state.is_initialized():
             parallel_state.destroy_model_parallel()
         degrees, chunks = self.degrees, chunks_of(self.spec, self.degrees)
+        known = set(dist.distributed_c10d._world.pg_map)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=degrees["tp"],
             pipeline_model_parallel_size=degrees["pp"],
@@ -166,6 +172,7 @@ class MegatronEngine:
             expert_tensor_parallel_size=degrees["tp"],
             create_gloo_process_groups=False,
         )
+        self._groups = [group for group in dist.distributed_c10d._world.pg_map if group not in known]
         # No dropout, so no random state of its own: the tracker that tracks none.
         initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
 
