@@ -233,7 +233,7 @@ def test_a_layout_that_hangs(certifier, monkeypatch):
     verdict = check(certifier, wait_on_rank_1, dp_shard=2)
     assert verdict.failed
     assert verdict.word == "broke"
-    assert verdict.diagnosis()[0].startswith("hangs: no end after 8 s; rank 0 in pretrain/verify.py:")
+    assert verdict.diagnosis()[0].startswith("hangs: no end after 8 s; rank 0 in parallel/mesh.py:")
     assert "rank 1 in launch/test_verify_bugs.py" in verdict.diagnosis()[0]
 
 
