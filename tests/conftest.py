@@ -16,3 +16,8 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "tiny"
     build_tiny_shards(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's commands first: they take minutes, in which the other worker would have nothing left to do."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
