@@ -9,8 +9,9 @@ import numpy as np
 from data_pipeline.ledger import Record
 from data_pipeline.mix import MixedStream
 from data_pipeline.timeline import Share, Timeline
-from pretrain.config import RunConfig, SourceConfig
+from pretrain.config import RunConfig
 from pretrain.data import Dataset, make_stream
+from pretrain.sections import SourceConfig
 
 
 class Document(NamedTuple):

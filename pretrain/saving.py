@@ -8,8 +8,8 @@ from typing import Any
 from checkpoints.state import rng_state
 from checkpoints.store import CheckpointStore
 from parallel.engine import Engine
-from pretrain.config import CheckpointConfig
 from pretrain.metrics import Metrics
+from pretrain.sections import CheckpointConfig
 
 
 class Saver:
