@@ -23,10 +23,10 @@ import torch.distributed as dist
 from parallel.world import World
 from pretrain.config import RunConfig, resolve
 from pretrain.engine import build_engine
-from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
 from pretrain.optim import build_optimizer
 from pretrain.train import train_step
+from tests.bench.bare import WithLoss, random_batch
 from tests.ranks import run_ranks
 
 RANKS, ROWS, LENGTH = 2, 4, 128
@@ -51,7 +51,7 @@ CASES = {"megatron": ["engine=megatron"]} | {
 
 
 def wrapped(engine: Any, objective: Any) -> Callable[[], None]:
-    batch = objective.collate(random_batch())
+    batch = objective.collate(random_batch(ROWS, LENGTH))
 
     def step() -> None:
         values, _ = train_step(engine, objective, [batch], 1e-4)
@@ -68,7 +68,7 @@ def bare_megatron(engine: Any, objective: Any, settings: RunConfig) -> Callable[
 
     models, (optimizer,) = engine._models, engine.optimizer._parts
     optimizer.config.clip_grad = settings.optim.clip_grad_norm
-    batch = objective.collate(random_batch())
+    batch = objective.collate(random_batch(ROWS, LENGTH))
     reported: list[torch.Tensor] = []
 
     def forward_step(batches: Iterator[Any], model: Any) -> Any:
@@ -104,18 +104,7 @@ def bare_megatron(engine: Any, objective: Any, settings: RunConfig) -> Callable[
 def bare_deepspeed(objective: Any, settings: RunConfig) -> Callable[[], None]:
     import deepspeed  # in the ranks alone: it changes the process that imports it
 
-    model = FAMILIES["decoder"].build(settings.model)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.02)
-
-    class WithLoss(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, batch: dict) -> torch.Tensor:
-            return objective.loss(self.model, objective.forward(self.model, batch), batch)["loss"] / (ROWS * LENGTH)
-
+    root = WithLoss(settings, objective)
     config = {
         "train_micro_batch_size_per_gpu": ROWS,
         "gradient_clipping": 1.0,
@@ -123,24 +112,17 @@ def bare_deepspeed(objective: Any, settings: RunConfig) -> Callable[[], None]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
-    optimizer = build_optimizer(model.named_parameters(), settings.optim)
-    engine, *_ = deepspeed.initialize(model=WithLoss(), optimizer=optimizer, config=config)
-    batch = objective.collate(random_batch())
+    optimizer = build_optimizer(root.model.named_parameters(), settings.optim)
+    engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, config=config)
+    batch = objective.collate(random_batch(ROWS, LENGTH))
 
     def step() -> None:
-        loss = engine(batch)
+        loss = engine(batch) / (ROWS * LENGTH)
         engine.backward(loss)
         engine.step()
         float(loss)
 
     return step
-
-
-def random_batch() -> dict[str, torch.Tensor]:
-    tokens = torch.randint(0, 8192, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(dist.get_rank()))
-    zeros = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
-    positions = torch.arange(LENGTH, dtype=torch.int32).expand(ROWS, LENGTH)
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "documents": zeros}
 
 
 def take_turns(overrides: list[str], rounds: int) -> list[list[list[float]]]:

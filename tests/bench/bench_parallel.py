@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -32,10 +31,10 @@ from parallel.world import World, join_world
 from pretrain import train as train_module
 from pretrain.data import build_tiny_shards
 from pretrain.engine import build_engine
-from pretrain.models import FAMILIES
 from pretrain.objectives import OBJECTIVES
 from pretrain.train import train, train_step
 from tests.bench import bench_train
+from tests.bench.bare import WithLoss, random_batch
 
 RANKS, ROWS, LENGTH = 2, 4, 512
 TOKENS = RANKS * ROWS * LENGTH
@@ -68,7 +67,7 @@ def engine_alone(folder: str, steps: int, compiled: bool, world: World) -> list[
     if compiled:
         objective.compile()
     engine = build_engine(settings, world, objective, compiled)
-    batch = objective.collate(random_batch())
+    batch = objective.collate(random_batch(ROWS, LENGTH))
 
     def step() -> None:
         values, _ = train_step(engine, objective, [batch], 1e-4)
@@ -80,29 +79,18 @@ def engine_alone(folder: str, steps: int, compiled: bool, world: World) -> list[
 def bare_loop(folder: str, steps: int, compiled: bool, world: World) -> list[float]:
     settings = bench_train.config(folder, steps, *SETTINGS)
     objective = OBJECTIVES["causal"][1](settings.objective)
-    model = FAMILIES["decoder"].build(settings.model)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.02)
-
-    class WithLoss(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, batch: dict) -> torch.Tensor:
-            return objective.loss(self.model, objective.forward(self.model, batch), batch)["loss"]
-
+    root = WithLoss(settings, objective)
     if compiled:
         objective.compile()
     mesh = init_device_mesh("cpu", (RANKS,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.layers.values():
+    for block in root.model.layers.values():
         if compiled:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    root = fully_shard(WithLoss(), mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    root = fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     optimizer = torch.optim.AdamW(root.parameters(), lr=1e-4, fused=True)
-    batch = objective.collate(random_batch())
+    batch = objective.collate(random_batch(ROWS, LENGTH))
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -118,15 +106,6 @@ def bare_loop(folder: str, steps: int, compiled: bool, world: World) -> list[flo
 
 def trainer(folder: str, steps: int, compiled: bool, world: World) -> list[float]:
     return bench_train.trainer(f"{folder}/{world.rank}", steps, compiled, rows=ROWS, ddp_backend="gloo")
-
-
-def random_batch() -> dict[str, torch.Tensor]:
-    """One document a row, as the Trainer's rows are."""
-    tokens = torch.randint(0, 8192, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(dist.get_rank()))
-    zeros = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
-    positions = torch.arange(LENGTH, dtype=torch.int32).expand(ROWS, LENGTH)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "documents": zeros}
-    return {name: value.contiguous() for name, value in batch.items()}
 
 
 CANDIDATES = {
