@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# A file's tests share what is costly to make, so they stay together; the slowest file comes first (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: quickstart test test-fast lint format bench bench-plan gpu-check chaos clean
@@ -35,10 +37,10 @@ quickstart: .venv/core
 
 test test-fast: export OMP_NUM_THREADS = 1  # several tests at once, many of several processes
 test: .venv/test lint
-	$(BIN)/python -m pytest tests -n 2
+	$(PYTEST)
 
 test-fast: .venv/test
-	$(BIN)/python -m pytest tests -n 2 -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: .venv/test
 	$(BIN)/ruff check .

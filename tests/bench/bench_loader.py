@@ -211,7 +211,7 @@ def main() -> None:
             dataset = TokenDataset(folder / "train-*.tar", vocab_size=VOCAB)
             for seq_len in options.seq_len:
                 stream = TokenStream(dataset, seq_len=seq_len, seed=1)
-                steps = 4_000_000 // (BATCH * seq_len)
+                steps = options.tokens // (BATCH * seq_len)
                 shards = [str(path) for path in dataset.paths]
                 candidates: dict[str, Callable[[], int]] = {
                     "bare memmap": lambda p=folder / "bare.bin", s=seq_len, n=steps: bare(p, s, n),
