@@ -161,11 +161,10 @@ class TokenStream:
         if not self.shuffle:
             return np.arange(first, first + count)
         wanted = range(first // PIECES_AT_ONCE, (first + count - 1) // PIECES_AT_ONCE + 1)
-        self._pieces = {
-            (epoch, part): self._pieces[epoch, part] if (epoch, part) in self._pieces else self._part(epoch, part)
-            for part in wanted
-        }
-        pieces = np.concatenate([self._pieces[epoch, part] for part in wanted])
+        known = self._pieces  # another thread may replace it meanwhile
+        parts = {(epoch, p): known[epoch, p] if (epoch, p) in known else self._part(epoch, p) for p in wanted}
+        self._pieces = parts
+        pieces = np.concatenate([*parts.values()])
         return pieces[first - wanted.start * PIECES_AT_ONCE :][:count]
 
     def _part(self, epoch: int, part: int) -> np.ndarray:

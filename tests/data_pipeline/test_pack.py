@@ -160,3 +160,18 @@ def test_skipped_documents_are_no_targets_and_nothing_else_changes(write_shards)
         gone = np.isin(one.targets, list(left_out))
         assert gone.any() and (other.targets[gone] == IGNORED).all()
         assert (other.targets[~gone] == one.targets[~gone]).all()
+
+
+def test_a_thread_that_reads_elsewhere_takes_nothing_away(write_shards) -> None:
+    """The loader reads ahead in one thread, while the ledger names earlier documents in another."""
+
+    class Raced(TokenStream):
+        """What it keeps, the other thread has replaced before it can be looked at."""
+
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, {} if name in ("_pieces", "_epochs") else value)
+
+    dataset = TokenDataset(write_shards(unique_documents([20] * 20)) / "train-*.tar")
+    raced, alone = (kind(dataset, seq_len=8, seed=1) for kind in (Raced, TokenStream))
+    for start in (0, alone.num_samples - 1, 1):
+        assert raced.read(start, 3).tokens.tolist() == alone.read(start, 3).tokens.tolist()
