@@ -1,9 +1,13 @@
-"""Random-number state as JSON, for the part of a checkpoint that is no tensor of the model."""
+"""The part of a checkpoint that is no tensor of the model; random-number state as JSON, for it."""
 
 import base64
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from checkpoints.manifest import STATE
 
 
 def rng_state() -> dict[str, str]:
@@ -20,3 +24,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def saved_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json says, all of it."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_bytes())
+    return state

@@ -8,16 +8,18 @@ import torch
 
 from checkpoints.manifest import Manifest
 from checkpoints.retention import find_step
-from checkpoints.state import set_rng_state
+from checkpoints.state import saved_state, set_rng_state
 from checkpoints.store import CheckpointStore
 from parallel.engine import Engine
 from parallel.world import World
 from pretrain.config import RunConfig, flat_config, load_run_config
 from pretrain.data import check_tokenizer
+from pretrain.history import this_start
 
 # What the samples are made by: a place in the data means nothing once it changes. The sources have a history instead.
 PLACE = ("run.seed", "data.seq_len", "data.patches", "data.shuffle_shards", "data.pictures.")
 FREE = ("data.pictures.broken", "data.pictures.workers")
+FROZEN = "optim.freeze"  # says which parameters have optimizer state
 
 
 @dataclass
@@ -41,7 +43,7 @@ def check_resume(config: RunConfig, store: CheckpointStore, found: int | None) -
         )
     if found is None and config.run.resume == "must":
         raise FileNotFoundError(f'run.resume = "must", but {store.folder} has no whole checkpoint; check run.dir')
-    if found is not None and config.run.resume == "never":
+    if found is not None and config.run.resume == "never" and not this_start()["restart"]:
         raise ValueError(
             f'run.resume = "never", but {config.run.dir} holds a run at step {found}; choose another run.dir'
         )
@@ -75,20 +77,30 @@ def resume(store: CheckpointStore, step: int, engine: Engine, world: World, afre
     return Position(extra["step"], extra.get("cursor", 0), extra.get("mixture"))
 
 
-def check_changes(config: RunConfig, datasets: Any, found: int | None) -> list[str]:
-    """Settings that differ from the last start of the run, one line each. Raises ValueError for those that would give
-    the saved position another meaning, and for another tokenizer.
+def meaning(config: RunConfig) -> dict[str, Any]:
+    """The settings that a checkpoint counts on, to be saved with it: config.toml is of the last start, which may have
+    died before it saved anything, and stays behind where only checkpoints are copied.
+    """
+    flat = flat_config(config)
+    return {key: flat[key] for key in flat if (key.startswith(PLACE) and key not in FREE) or key == FROZEN}
+
+
+def check_changes(config: RunConfig, store: CheckpointStore, datasets: Any, found: int | None) -> list[str]:
+    """Settings that differ from those of the checkpoint of step `found` or else of the last start, one line each.
+    Raises ValueError for those that would give the saved position another meaning, and for another tokenizer.
     """
     run_dir = Path(config.run.dir)
     check_tokenizer(config, datasets, run_dir)
-    if not found or not (run_dir / "config.toml").is_file():
+    if not found:
         return []
-    before, after = flat_config(load_run_config(run_dir)), flat_config(config)
-    for key in (key for key in after if key.startswith(PLACE)):
-        if key not in FREE and before.get(key) != after[key]:
+    started = flat_config(load_run_config(run_dir)) if (run_dir / "config.toml").is_file() else {}
+    saved = saved_state(find_step(store.folder, found)).get("recipe", {})
+    before, after = started | saved, flat_config(config)
+    for key in meaning(config):
+        if key != FROZEN and key in before and before[key] != after[key]:
             raise ValueError(
-                f"{key} = {after[key]}, but {run_dir} was started with {before.get(key)}, and its place in the data "
+                f"{key} = {after[key]}, but {run_dir} was started with {before[key]}, and its place in the data "
                 f"counts on that; set it back, or choose another run.dir"
             )
-    keys = dict.fromkeys([*before, *after])
+    keys = dict.fromkeys([*before, *after]) if started else saved
     return [f"{k} {before.get(k)!r} -> {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]

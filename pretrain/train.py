@@ -43,7 +43,7 @@ from pretrain.lock import RunLock
 from pretrain.metrics import HostCopy, Metrics
 from pretrain.mixture import open_stream, source_names
 from pretrain.objectives import OBJECTIVES
-from pretrain.resume import Position, check_changes, check_resume, resume
+from pretrain.resume import FROZEN, Position, check_changes, check_resume, meaning, resume
 from pretrain.router_health import RouterHealth
 from pretrain.saving import Saver
 from pretrain.schedule import learning_rate
@@ -111,9 +111,9 @@ def _train(config: RunConfig, world: World, ranks: Ranks, beat: Heartbeat, resum
         _say(world, f"{run_dir} is at step {found} of {config.train.steps}: nothing to do; raise {key} to go on")
         return Position(found)
 
-    changes = ranks.on_first(lambda: check_changes(config, datasets, found))
+    changes = ranks.on_first(lambda: check_changes(config, store, datasets, found))
     objective, engine = start_engine(config, world)
-    afresh = any(change.startswith("optim.freeze ") for change in changes)
+    afresh = any(change.startswith(f"{FROZEN} ") for change in changes)
     beat.enter("loading")
     position = Position() if found is None else resume(store, found, engine, world, afresh)
     beat.step = position.step
@@ -299,7 +299,8 @@ def save(run: Run, position: Position, *, last: bool) -> None:
     if run.ledger is not None:
         run.ledger.sync()
     with run.beat.phase("saving"):
-        run.saver.save(position.step, {"cursor": position.cursor, "mixture": position.mixture}, last=last)
+        state = {"cursor": position.cursor, "mixture": position.mixture, "recipe": meaning(run.config)}
+        run.saver.save(position.step, state, last=last)
 
 
 def evaluate(run: Run, step: int) -> None:

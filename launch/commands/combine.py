@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 
 from checkpoints.manifest import Manifest, Progress
+from checkpoints.state import saved_state
 from checkpoints.store import CheckpointStore
 from checkpoints.surgery.merge import METHODS, Merging, merge
 from checkpoints.surgery.rewrite import rewrite
 from checkpoints.surgery.target import Target, origin, origins
 from launch.commands.convert import DTYPES, find_checkpoint
-from launch.commands.derive import configure, make_run, place_in_data, saved_state
+from launch.commands.derive import configure, make_run, place_in_data
 from parallel.materialise import generator_for
 from pretrain.config import RunConfig, flat_config, load_run_config
 from pretrain.models import FAMILIES

@@ -12,13 +12,15 @@ from rich.console import Console
 from checkpoints.derived import new_folder
 from checkpoints.hf.folder import KEPT
 from checkpoints.hf.tokenizer import copy_tokenizer
-from checkpoints.manifest import STATE, Progress
+from checkpoints.manifest import Progress
+from checkpoints.state import saved_state
 from checkpoints.surgery.target import Target
 from launch.commands.convert import native_tensors
 from launch.progress import progress_bar
 from pretrain.config import RunConfig, load_run_config, resolve, write_config
 
-FRESH = ["train.stop_at=0", "run.resume=auto"]  # what the old run said of itself is not meant for the new one
+# What the old run said of itself is not meant for the new one; its remote copies are its own.
+FRESH = ["train.stop_at=0", "run.resume=auto", "checkpoint.remote="]
 
 
 def configure(run_dir: Path, out: Path, overrides: Sequence[str] = (), derived: Sequence[str] = ()) -> RunConfig:
@@ -31,12 +33,6 @@ def configure(run_dir: Path, out: Path, overrides: Sequence[str] = (), derived: 
     if used and Path(used).resolve() == tokenizer.resolve():  # an imported run's own
         moved.append(f"tokenizer.path={json.dumps(str(out / 'tokenizer'))}")
     return resolve(str(run_dir / "config.toml"), [*FRESH, *moved, *overrides, *derived])[0]
-
-
-def saved_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint's state.json says, all of it."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_bytes())
-    return state
 
 
 def place_in_data(checkpoint: Path) -> dict[str, Any]:
