@@ -232,8 +232,8 @@ def download(
     on_size: called with the number of bytes before they come, where the source tells it; may raise to refuse them.
 
     Raises:
-        FileNotFoundError: the source does not have it. ValueError: the URL or command is wrong. OSError: no attempt
-        succeeded, or ``cancelled`` was set.
+        FileNotFoundError: the source does not have it. ValueError: the URL or command is wrong. ConnectionError: no
+        attempt succeeded. OSError: ``cancelled`` was set.
     """
     cancelled = cancelled or threading.Event()
     for number in range(1, tries.retries + 2):
@@ -252,7 +252,9 @@ def download(
             if _is_final(error):
                 raise ValueError(f"{shown(url)}: cannot be read ({_reason(error)})") from error
             if number > tries.retries:
-                raise OSError(f"{shown(url)}: {number} attempts failed, the last one: {_reason(error)}") from error
+                raise ConnectionError(
+                    f"{shown(url)}: {number} attempts failed, the last one: {_reason(error)}"
+                ) from error
             # Jitter: ranks that failed together do not come back together.
             pause = min(PAUSE * 2 ** (number - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
             say(f"{shown(url)}: {which} failed ({_reason(error)}); again in {pause:.1f} s")

@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import errno
 import gc
 import importlib
 import os
@@ -18,6 +19,11 @@ Handler = Callable[[argparse.Namespace], int | None]
 
 # These run as ranks: the process that only starts them imports no torch (2 s).
 RANKED = ("launch.commands.run:run", "launch.commands.results:evaluate", "launch.commands.ledger:replay")
+# Errors of disks and networks that may pass by themselves: a job goes on from its last checkpoint.
+PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.ENOTCONN),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
+}
 
 atexit.register(gc.freeze)  # else the end of each command searches all of torch for garbage, 0.6 s
 
@@ -36,11 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        mistake = not isinstance(error, ConnectionError)
+        passing = isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in PASSING
         where = getattr(error, "__notes__", [])  # which rank, where the others have no such error
         if where or int(os.environ.get("RANK", "0")) == 0:
             print(f"pretrain: error: {': '.join([*where, ' '.join(str(error).split())])}", file=sys.stderr)
-        return 2 if mistake else 1
+        return 1 if passing else 2
     except KeyboardInterrupt:
         return 130
     except Exception:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, exit codes, one-line errors."""
 
+import errno
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.store import CheckpointStore
+from launch.cli import main
 from launch.local import free_port
 from tests.small import small_overrides
 
@@ -113,6 +115,26 @@ def test_debug_shows_the_traceback():
     done = pretrain("--debug", "run", "tini", "--explain")
     assert done.returncode not in (0, 2)
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        *((OSError(number, "x"), 1) for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTUNREACH)),
+        *((OSError(number, "x"), 2) for number in (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.EROFS)),
+        *((ConnectionResetError("x"), 1), (TimeoutError("x"), 1), (OSError("x"), 2), (ValueError("x"), 2)),
+    ],
+    ids=repr,
+)
+def test_what_may_pass_by_itself_is_no_mistake(error, code, monkeypatch, capsys):
+    """Jobs are started anew after code 1 alone."""
+
+    def fail(_) -> None:
+        raise error
+
+    monkeypatch.setattr("launch.commands.checkpoint.list_", fail)
+    assert main(["checkpoint", "list", "/nowhere"]) == code
+    assert capsys.readouterr().err.startswith("pretrain: error: ")
 
 
 def test_unknown_options_are_not_taken_for_overrides():
@@ -221,6 +243,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, tiny_shards):
     assert store.newest_whole() == 4
 
 
+@pytest.mark.slow
 def test_results_of_a_run(tmp_path, tiny_shards):
     """generate, evaluate, report, checkpoint list and verify on one real run."""
     run = str(tmp_path / "run with space")
