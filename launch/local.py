@@ -72,9 +72,14 @@ def rank_environment(here: int, gpus: int) -> dict[str, str]:
     environment = {**os.environ, STARTED: "1"}
     if not gpus:
         environment = {**CPU_MALLOC, **environment}
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, _count_cpus() // here)))
     environment.pop("WORLD_SIZE", None)  # of some other job
     return environment
+
+
+def _count_cpus() -> int:
+    """CPUs that this process may use: of a job, those that it was given."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def run_folder(recipe: str, overrides: list[str]) -> Path | None:

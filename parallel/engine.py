@@ -110,7 +110,7 @@ class Support:
 
     where: module:class, imported when chosen. only: key of a recipe -> the values it can do; a key that is not named
     takes any. package: the distribution that it needs, of versions from `tested[0]` on and below `tested[1]`. extra:
-    what pip installs it by.
+    what pip installs it by. newer: what is newer may be tried where there are GPUs.
     """
 
     where: str
@@ -118,6 +118,7 @@ class Support:
     package: str = ""
     tested: tuple[str, str] = ("", "")
     extra: str = ""
+    newer: bool = False
 
     def obstacles(self, asked: Mapping[str, Any]) -> list[str]:
         """Keys of which it cannot do what is asked."""
@@ -143,6 +144,7 @@ ENGINES = {
         package="megatron-core",
         tested=("0.16.1", "0.17"),
         extra="megatron",
+        newer=True,  # its shim for hosts is what counts on one version
     ),
     "deepspeed": Support(
         "parallel.engines.deepspeed:DeepSpeedEngine",
@@ -193,7 +195,9 @@ def check_installed(name: str) -> None:
             'engine = "torch"'
         ) from None
     low, high = support.tested
-    if not _numbers(low) <= _numbers(version) < _numbers(high):
+    if support.newer and _numbers(version) >= _numbers(high) and torch.cuda.is_available():
+        warnings.warn(f"{support.package} {version} is newer than those tested, {low} to below {high}", stacklevel=2)
+    elif not _numbers(low) <= _numbers(version) < _numbers(high):
         raise ValueError(
             f'engine = "{name}": {support.package} {version} is installed, tested are {low} and later below {high}: '
             f'{install}, or take engine = "torch"'

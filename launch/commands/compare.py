@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from launch.local import STARTED
 from launch.rundir import error_in
-from parallel.engine import ENGINES
+from parallel.engine import ENGINES, check_installed
 from pretrain.config import resolve
 from pretrain.report import write_report
 
@@ -40,6 +40,7 @@ def compare(args: argparse.Namespace) -> None:
     out = Path(args.out)
     for name in engines:  # before anything runs
         resolve(args.recipe, [*args.overrides, f"engine={name}", f"train.steps={args.steps}"])
+        check_installed(name)
         if (out / name).exists():
             raise ValueError(f"{out / name} is there already; give another --out")
     results = [_run(args, name, out / name) for name in engines]
@@ -51,6 +52,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace, engine: str, folder: Path) -> Result:
     overrides = [f"engine={engine}", f"run.dir={json.dumps(str(folder))}", f"train.steps={args.steps}", "log.every=1"]
+    overrides += ["checkpoint.remote="]  # of none of them
     words = ["run", args.recipe, *args.overrides, *overrides, *(["--nproc", str(args.nproc)] if args.nproc else [])]
     folder.mkdir(parents=True)
     log, metrics = folder / "console.log", folder / "metrics.jsonl"

@@ -35,7 +35,7 @@ def write_snapshot(folder: Path) -> str:
         _git(code, "ls-files", "--error-unmatch", "launch/__init__.py")  # the repository around a venv is another's
         commit = _git(code, "rev-parse", "HEAD").decode().strip()
         status = _git(code, "status", "--porcelain")
-        diff = _git(code, "diff", "--binary", "HEAD")
+        diff = _git(code, "diff", "--binary", "HEAD") + _untracked(code)
     except (OSError, subprocess.SubprocessError) as error:
         why = getattr(error, "stderr", None) or str(error).encode()
         words = " ".join(why.decode(errors="replace").split())
@@ -47,6 +47,23 @@ def write_snapshot(folder: Path) -> str:
     (folder / "diff.patch").write_bytes(diff if whole else b"")
     changed = "" if not diff else " + diff.patch" if whole else f" (a diff of {len(diff) >> 20} MiB is not kept)"
     return f"code: commit {commit[:12]}{changed}"
+
+
+def _untracked(code: Path) -> bytes:
+    """Modules that are not committed yet, as a diff that adds them."""
+    names = _git(code, "ls-files", "-z", "--others", "--exclude-standard", "--", *PACKAGES).decode().split("\0")
+    added = (
+        # 1: they differ, as they do
+        subprocess.run(
+            ["git", "-C", str(code), "diff", "--binary", "--no-index", "--", "/dev/null", name],
+            capture_output=True,
+            timeout=SECONDS,
+            check=False,
+        ).stdout
+        for name in names
+        if name
+    )
+    return b"".join(added)
 
 
 def _home() -> Path:

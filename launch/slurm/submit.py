@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,9 +19,12 @@ from launch.slurm.queue import NoAnswer, call, find_partition, max_array_size, p
 from launch.slurm.script import TEMPLATE, render
 from launch.slurm.snapshot import CODE, copy_code, write_snapshot
 from launch.slurm.sweep import Point, describe_sweep, points_of
+from parallel.engine import check_installed
 from pretrain.config import RunConfig, resolve, write_config
 
 MAX_REQUEUES = 10
+# What libraries of clusters are steered by: a job that lacks them is slow, or does not find its network.
+STEERING = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "HF_", "LD_LIBRARY_PATH")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def prepare(order: Order) -> Job:
     cluster, ranks = _per_node(order.cluster)
     points = points_of(list(order.sweep), run_dir) if order.sweep else []
     configs = _configs(order, config, points, run_dir, order.nodes * ranks)
-    data = find_data(configs.values())
+    data = find_data(configs.values()) + _other_files(configs.values())
     plan = JobPlan(
         name=order.name or _job_name(run_dir),
         run_dir=run_dir,
@@ -99,6 +102,8 @@ def prepare(order: Order) -> Job:
         code=run_dir / "snapshot" / CODE if order.copy_code else None,
     )
     _check_sweep(run_dir, points)
+    if plan.python == sys.executable and cluster.container.kind == "none":
+        check_installed(config.engine)  # jobs will find what is here
     try:
         earlier = check_alone(run_dir)
         plan, warnings = _ask_cluster(plan, [run_dir, *data])
@@ -106,6 +111,9 @@ def prepare(order: Order) -> Job:
         if not order.dry_run:
             raise
         earlier, warnings = [], [f"whether the cluster has what this job wants is not known: {error}"]
+    left = [name for name in sorted(os.environ) if name.startswith(STEERING) and name not in plan.environment]
+    if left:
+        warnings.append(f"{', '.join(left)}: set here, but not in the job; forward with --env or the cluster file")
     template = Path(order.template) if order.template else TEMPLATE
     return Job(plan, render(plan, template), points, configs, earlier, warnings)
 
@@ -118,7 +126,7 @@ def submit(job: Job, order: Order) -> list[str]:
         folders = list(job.configs)
         for folder, config in job.configs.items():
             (folder / "logs").mkdir(parents=True, exist_ok=True)
-            write_config(config, folder / "submitted.toml")
+            write_config(_restartable(config), folder / "submitted.toml")
         if job.points:
             write_json(plan.run_dir / "sweep.json", describe_sweep(job.points))
         print(write_snapshot(plan.run_dir / "snapshot"))
@@ -160,9 +168,11 @@ def _configs(
         return {run_dir: config}
     configs = {}
     for point in points:
-        at = f"run.dir={Path(config.run.dir) / point.run_dir.name}"
+        at = [f"run.dir={Path(config.run.dir) / point.run_dir.name}"]
+        if config.checkpoint.remote:
+            at.append(f"checkpoint.remote={config.checkpoint.remote.rstrip('/')}/{point.run_dir.name}")
         try:
-            own, _ = resolve(order.recipe, [*order.overrides, *point.overrides, at])
+            own, _ = resolve(order.recipe, [*order.overrides, *point.overrides, *at])
             if check_run(own, processes):
                 configs[point.run_dir] = own
         except (ValueError, FileNotFoundError) as error:
@@ -170,6 +180,13 @@ def _configs(
     if not configs:
         raise ValueError(f"all runs of the sweep in {run_dir} have taken all their steps; choose another run.dir")
     return configs
+
+
+def _restartable(config: RunConfig) -> RunConfig:
+    """What the job's ranks read at each of its starts, of which the later ones continue the run."""
+    if config.run.resume != "never":
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
 
 
 def _per_node(cluster: ClusterConfig) -> tuple[ClusterConfig, int]:
@@ -221,6 +238,12 @@ def _queue(script: Path, before: list[str]) -> str:
     foreign = [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]
     unset = [word for name in sorted(foreign) for word in ("-u", name)]
     return call("env", *unset, "sbatch", "--parsable", *waits, str(script)).strip().partition(";")[0]
+
+
+def _other_files(configs: Iterable[RunConfig]) -> list[Path]:
+    """Folders of what ranks read beside shards."""
+    named = [Path(name).resolve() for config in configs for name in (config.tokenizer.path, config.data.skip) if name]
+    return list(dict.fromkeys(plain_path(path if path.is_dir() else path.parent) for path in named))
 
 
 def _mounts(cluster: ClusterConfig, run_dir: Path, data: list[Path]) -> list[str]:

@@ -2,11 +2,13 @@
 
 import importlib.util
 import re
+from dataclasses import replace
 
 import pytest
 
 from launch.cli import main
 from launch.commands.compare import Result, table
+from parallel.engine import ENGINES
 from tests.small import small_overrides
 
 NEEDED = [name for name in ("deepspeed", "megatron") if importlib.util.find_spec(name) is None]
@@ -32,6 +34,13 @@ def test_differences_are_relative_to_the_first() -> None:
 def test_mistakes_are_named_before_anything_runs(tmp_path, capsys, words, message) -> None:
     assert main(["compare", "tiny", "--out", str(tmp_path / "out"), *words]) == 2
     assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_engine_is_named_before_anything_runs(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(ENGINES, "deepspeed", replace(ENGINES["deepspeed"], package="no-such-distribution"))
+    assert main(["compare", "tiny", "--out", str(tmp_path / "out"), "--engines", "torch,deepspeed"]) == 2
+    assert 'engine = "deepspeed" needs the package' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 from dataclasses import replace
 
 import pytest
+import torch
 
 from parallel.engine import ENGINES, check_engine, check_installed
 from pretrain.config import resolve
@@ -55,3 +56,15 @@ def test_an_untested_version_is_refused(monkeypatch, version, fine):
     else:
         with pytest.raises(ValueError, match=f"{version.split('+')[0]} is installed, tested are 0.16.1"):
             check_installed("megatron")
+
+
+@pytest.mark.parametrize(("engine", "version", "fine"), [("megatron", "0.18.0", True), ("deepspeed", "0.21.0", False)])
+def test_a_newer_megatron_may_be_tried_on_gpus(monkeypatch, engine, version, fine):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if fine:
+        with pytest.warns(UserWarning, match=f"{version} is newer than those tested"):
+            check_installed(engine)
+    else:
+        with pytest.raises(ValueError, match="is installed, tested are"):
+            check_installed(engine)
