@@ -154,7 +154,7 @@ ENGINES = {
             "train.precision": ("fp32", "bf16"),
             "parallel.pp": (1,),
             "parallel.cp": (1,),
-            "parallel.tp": (1,),
+            "parallel.tp": (1,),  # ZeRO strings parameters together, which DTensors cannot be
             "parallel.ep": (1,),
             "parallel.cpu_offload": (False,),
         },
