@@ -13,7 +13,7 @@ from launch.slurm.submit import submit as queue
 
 SITE = (
     *("partition", "account", "qos", "constraint", "time"),
-    *("gpus_per_node", "ranks_per_node", "cpus_per_rank", "launcher", "grace"),
+    *("gpus_per_node", "ranks_per_node", "cpus_per_rank", "launcher", "grace", "health"),
 )
 
 

@@ -78,6 +78,20 @@ def state() -> dict[str, str]:
 
 
 def requeue() -> bool:
-    """Have SLURM end this job and queue it again; whether it takes that."""
-    command = ["scontrol", "requeue", own_id()]
-    return subprocess.run(command, timeout=SECONDS, check=False).returncode == 0
+    """Have SLURM end this job and queue it again; whether it takes that: a busy controller may not answer in time."""
+    return _change("requeue", own_id())
+
+
+def exclude(nodes: Sequence[str]) -> bool:
+    """Have the job, queued again, never start on these nodes, nor on those that it excluded before."""
+    before = state().get("ExcNodeList", "(null)")
+    names = ",".join([*([] if before == "(null)" else [before]), *nodes])
+    return _change("update", f"JobId={own_id()}", f"ExcNodeList={names}")
+
+
+def _change(*words: str) -> bool:
+    """Whether scontrol does it; what it says of mistakes stands in the job's output."""
+    try:
+        return subprocess.run(["scontrol", *words], timeout=SECONDS, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False

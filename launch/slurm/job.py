@@ -6,6 +6,7 @@ time limit near (SIGUSR1)       ranks save and leave, the job goes back into the
 preempted, cancelled (SIGTERM)  ranks save and leave; back into the queue only when it was preempted
 a rank, an agent, a node dies   start anew from the last checkpoint, on the nodes that are left where there are enough
                                 (spares first, then fewer replicas), else back into the queue
+refused on fewer nodes          back into the queue
 a user's mistake (code 2)       end
 no checkpoint in two starts     end
 
@@ -17,7 +18,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,10 +33,12 @@ from pretrain.history import append_end, append_line, now, read_ends, read_lines
 LOOK_SECONDS = 0.2
 LINGER_SECONDS = 30.0  # for a step to end once one of its ranks has failed
 END_SECONDS = 10.0  # for a step to end once SLURM was told to end it
-LOCK_SECONDS = 15.0  # for the ranks of a start before to be gone
+LOCK_SECONDS = 15.0  # between two looks whether the ranks of a start before are gone
+LOCK_LIMIT = 300.0  # for a file server to see that the node of a lock is gone: leases last 90 s and more
 LOCKED = "another process is training there"  # of `pretrain.lock`
 HEALTH_SECONDS = 60.0  # twice what the check allows itself
 REQUEUE_SECONDS = 60.0  # for SLURM to end this process once it took the job back
+REQUEUE_PAUSE = 5.0  # before it is asked again
 RESERVE = 0.15  # share of the grace period in which the job is queued again, saved or not
 MISTAKE, STALLED = 2, os.EX_TEMPFAIL  # exit codes of ranks
 TIME_LIMIT, CANCELLED = "time limit", "preempted or cancelled"
@@ -50,7 +54,9 @@ class Supervisor:
         self.requeues = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         self.asked: str | None = None  # to end, and why
         self.since = 0.0
-        self.sick: set[str] = set()
+        self.sick: set[str] = set()  # left out of the next start
+        self.unfit: set[str] = set()  # of these, what the health check names
+        self.locked_since: float | None = None
         self.folder = run_dir / "logs"
 
     def main(self) -> int:
@@ -64,23 +70,28 @@ class Supervisor:
             if self.asked:
                 return self._leave()
             if nodes is None:
-                sick = ", ".join(sorted(self.sick))
-                append_end(self.run_dir, "unhealthy", detail=f"too few nodes without {sick}", step=self._newest())
-                return self._requeue(f"too few nodes are left without {sick}")
+                why = f"too few nodes are left without {', '.join(sorted(self.sick))}"
+                append_end(self.run_dir, "unhealthy", detail=why, step=self._newest())
+                return self._requeue(why, self.unfit)
             code = self._train(nodes)
             if self._finished():
                 return 0
             if self.asked or code == 0:
                 return self._leave()
             failure = self._failure()
-            self._record(failure, nodes)
-            if failure is not None and failure.code == MISTAKE:
-                if not self._locked():
+            reason = self._record(failure, nodes)
+            if self._locked(self.folder):
+                if not self._wait_for_lock():
                     return MISTAKE
-                time.sleep(LOCK_SECONDS)
-            if self._fruitless():
-                self.say("no new checkpoint in two starts in a row: not started again")
-                return 1
+            else:
+                self.locked_since = None
+                if failure is not None and failure.code == MISTAKE and reason == "error":
+                    if len(nodes) == self.job["nodes"]:
+                        return MISTAKE
+                    return self._requeue(f"refused on {len(nodes)} of {self.job['nodes']} nodes")
+                if self._fruitless():
+                    self.say("no new checkpoint in two starts in a row: not started again")
+                    return 1
             failed = True
 
     def say(self, text: str) -> None:
@@ -114,31 +125,36 @@ class Supervisor:
             return set()
         health = self.run_dir / "health.json"
         health.unlink(missing_ok=True)
-        command = self._srun(nodes, self.job["ranks_per_node"], self.run_dir / "logs" / f"health-{self.id}.log")
+        log = self.run_dir / "logs" / f"health-{self.id}.log"
+        command = self._srun(nodes, self.job["ranks_per_node"], log)
         command += ["-P", "-m", "launch.health", str(self.run_dir), "--policy", policy]
         step = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=self._meeting_point(nodes, self.requeues))
         try:
             code = step.wait(HEALTH_SECONDS)
+            how = f"exit code {code}"
         except subprocess.TimeoutExpired:
+            how = f"no end within {HEALTH_SECONDS:.0f} s"
             allocation.end_steps()
             step.kill()
             code = step.wait()
-        found = read_json(health) or {}
-        for each in found.get("findings", ()):
+        found = read_json(health)
+        if found is None or (code and policy != "fail"):
+            self.say(f"health: the check failed: {how}{'' if found else ', no health.json'}; log: {log}")
+        findings = found["findings"] if found else []
+        for each in findings:
             self.say(f"health: {each['text']}")
-        if code and policy != "warn":
-            self.say(f"health: the check failed with exit code {code}")
-        return set(nodes) if code and policy == "fail" else set(found.get("exclude", ()))
+        if policy == "warn":
+            return set()
+        self.unfit = {each["host"] for each in findings if each["sick"] and each["host"]}
+        return set(nodes) if code and policy == "fail" else self.unfit
 
     # ---- one start ----
 
     def _train(self, nodes: list[str]) -> int:
         """One step over these nodes to its end; returns srun's exit code."""
-        attempts = read_lines(self.run_dir / "attempts.jsonl")
-        own = [line["restart"] for line in attempts if line.get("job") == self.id]
-        restart = max([self.requeues, *(number + 1 for number in own)])
+        restart = max([self.requeues, *(line["restart"] + 1 for line in self._attempts())])
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restart - self.requeues)
-        self.folder = log_folder(self.run_dir, self.id, restart)
+        self.folder = self._logs(restart)
         self.folder.mkdir(parents=True, exist_ok=True)
         line = {"time": now(), "job": self.id, "restart": restart, "step": self._newest(), "nodes": nodes}
         append_line(self.run_dir / "attempts.jsonl", line)
@@ -228,8 +244,8 @@ class Supervisor:
         found = [Failure(**value) for path in self.folder.glob("failed-*.json") if (value := read_json(path))]
         return min(found, key=lambda failure: (failure.code > 0, failure.time), default=None)
 
-    def _record(self, failure: Failure | None, nodes: list[str]) -> None:
-        """Add how a start ended, where its ranks could not, and show the first error of any rank."""
+    def _record(self, failure: Failure | None, nodes: list[str]) -> str:
+        """Add how a start ended, where its ranks could not, and show any rank's first error; returns the reason."""
         said = first_error(self.folder)
         lost = sorted(set(nodes) - set(allocation.answering(nodes)))
         rank, host = (failure.rank, failure.host) if failure else (None, None)
@@ -249,16 +265,30 @@ class Supervisor:
         path = said.path if said else self.folder
         where = "" if rank is None else f" of rank {rank}"
         self.say(f"{reason}{where}{f' on {host}' if host else ''}: {detail}; logs: {path}")
+        return reason
 
     def _told(self) -> bool:
         start = this_start()
         ends = read_ends(self.run_dir)
         return any(end["job"] == start["job"] and end["restart"] == start["restart"] for end in ends)
 
-    def _locked(self) -> bool:
-        """Whether the run's folder was still held by ranks of the start before, as on a node that SLURM has lost."""
-        said = first_error(self.folder)
+    def _locked(self, folder: Path) -> bool:
+        """Whether a start found the run's folder held by ranks of one before, as on a node that SLURM has lost."""
+        said = first_error(folder)
         return said is not None and LOCKED in said.line
+
+    def _wait_for_lock(self) -> bool:
+        """Pause before the next try; False: no more."""
+        self.locked_since = self.locked_since or time.monotonic()
+        if time.monotonic() - self.locked_since > LOCK_LIMIT:
+            holder = read_json(self.run_dir / ".lock") or {}
+            who = f"process {holder.get('pid')} on {holder.get('host')}"
+            self.say(f"{self.run_dir} is locked by {who} for {LOCK_LIMIT:.0f} s: end it, or choose another run.dir")
+            return False
+        until = time.monotonic() + LOCK_SECONDS
+        while not self.asked and time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
+        return True
 
     def _last_words(self) -> str:
         path = self.folder / "srun.log"
@@ -266,9 +296,16 @@ class Supervisor:
         return lines[-1] if lines else ""
 
     def _fruitless(self) -> bool:
-        """Whether the last two starts have left no checkpoint."""
-        steps = [line["step"] for line in read_lines(self.run_dir / "attempts.jsonl")[-2:]]
-        return steps == [self._newest()] * 2
+        """Whether the last two starts of this job that got into the run's folder have left no checkpoint."""
+        own = (line for line in reversed(self._attempts()) if not self._locked(self._logs(line["restart"])))
+        return [line["step"] for line in islice(own, 2)] == [self._newest()] * 2
+
+    def _attempts(self) -> list[dict[str, Any]]:
+        """Of this job, its requeues included; oldest first."""
+        return [line for line in read_lines(self.run_dir / "attempts.jsonl") if line.get("job") == self.id]
+
+    def _logs(self, restart: int) -> Path:
+        return log_folder(self.run_dir, self.id, restart)
 
     def _leave(self) -> int:
         """The ranks have saved and left, as they were asked."""
@@ -285,21 +322,35 @@ class Supervisor:
         self.say(f"stopped at step {self._newest()}")
         return 0
 
-    def _requeue(self, why: str) -> int:
-        """Give the job back to the queue, if it may: SLURM ends this process then."""
+    def _requeue(self, why: str, without: Collection[str] = ()) -> int:
+        """Give the job back to the queue, if it may, for other nodes than these: SLURM ends this process then."""
         if self.requeues >= self.job["max_requeues"]:
             self.say(f"{why}; not queued again: {self.requeues} of {self.job['max_requeues']} times are used")
             return 0 if self.asked else 1
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.say(f"{why}: back into the queue ({self.requeues + 1} of {self.job['max_requeues']} times)")
-        if not allocation.requeue():
-            return 1
+        until = time.monotonic() + float(self.job["grace_s"])
+        while not self._give_back(sorted(without)):
+            if time.monotonic() > until:
+                self.say(f"SLURM did not take it back: submit it again, to go on from step {self._newest()}")
+                return 1
+            time.sleep(REQUEUE_PAUSE)
         time.sleep(REQUEUE_SECONDS)
         return 0
 
+    def _give_back(self, without: list[str]) -> bool:
+        held = {signal.SIGTERM} if without else set()  # nodes can be excluded once the job is queued again
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        taken = allocation.requeue()
+        if taken and without:
+            done = "are excluded from now on" if allocation.exclude(without) else "could not be excluded"
+            self.say(f"{', '.join(without)} {done}; to change it: scontrol update JobId={self.id} ExcNodeList=...")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+        return taken
+
     def _close_lost_start(self) -> None:
         """SLURM started the job anew by itself: its last start has no end yet."""
-        attempts = [line for line in read_lines(self.run_dir / "attempts.jsonl") if line.get("job") == self.id]
+        attempts = self._attempts()
         if not self.requeues or not attempts:
             return
         job, restart = self.id, attempts[-1]["restart"]

@@ -28,6 +28,11 @@ def _add_site(leaf: argparse.ArgumentParser) -> None:
         "--launcher", choices=("agent", "srun"), help="agent: one task a node (default); srun: one task a rank"
     )
     site.add_argument(
+        "--health",
+        choices=("off", "warn", "exclude", "fail"),
+        help="check of the nodes before each start: warn of sick ones (default), leave them out, or do not start",
+    )
+    site.add_argument(
         "--env", action="append", default=[], metavar="NAME", help="variable to forward, or NAME*; may be repeated"
     )
     site.add_argument("--template", metavar="FILE", help="a batch script of your own, in place of job.sh.jinja")

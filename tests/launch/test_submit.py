@@ -90,6 +90,8 @@ def test_the_script_asks_for_what_was_ordered(capsys, tmp_path):
         "300",
         "--max-requeues",
         "3",
+        "--health",
+        "exclude",
     )
     lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
     wanted = ["nodes=3", "gres=gpu:8", "time=1-0", "constraint=h100&ib", "signal=B:USR1@300", "requeue", "exclusive"]
@@ -97,6 +99,7 @@ def test_the_script_asks_for_what_was_ordered(capsys, tmp_path):
     assert "ntasks-per-node=1" in lines
     assert (record["nodes"], record["spares"], record["gpus_per_node"], record["ranks_per_node"]) == (2, 1, 8, 8)
     assert (record["time_limit_s"], record["grace_s"], record["max_requeues"]) == (86400, 300, 3)
+    assert record["health"] == "exclude"
     script, record = dry(capsys, "tiny", "run.dir=/r", *VARIANTS["srun"])
     assert "#SBATCH --ntasks-per-node=2\n#SBATCH --cpus-per-task=4\n" in script and "exclusive" not in script
     assert "#SBATCH --signal=B:USR1@120\n" in script and record["launcher"] == "srun"
