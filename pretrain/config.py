@@ -91,6 +91,11 @@ class RunConfig(Section):
             raise ValueError(
                 'parallel.cp_method = "ring" cannot do objective.image_attention = "both"; set it to "ulysses"'
             )
+        if both and not self.objective.document_mask:
+            raise ValueError(
+                'objective.document_mask = false leaves no mask for objective.image_attention = "both"; set it to true, '
+                'or image_attention to "causal"'
+            )
         if self.train.global_batch % self.train.micro_batch:
             raise ValueError(
                 f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "

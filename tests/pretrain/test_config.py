@@ -86,6 +86,14 @@ def test_a_wrong_override_is_one_clear_line(override, message):
     assert "\n" not in str(error.value)
 
 
+def test_pictures_that_see_both_ways_need_the_mask_of_documents():
+    resolve("tiny-vlm-free", ["objective.document_mask=false", "objective.image_attention=causal"])
+    resolve("tiny", ["objective.document_mask=false", "objective.image_attention=both"])
+    with pytest.raises(ValueError, match=r"objective\.document_mask = false leaves no mask for .*\"both\"") as error:
+        resolve("tiny-vlm-free", ["objective.document_mask=false"])
+    assert "\n" not in str(error.value)
+
+
 def test_a_wrong_recipe_name_or_file_is_one_clear_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="did you mean tiny"):
         resolve("tinny")
