@@ -24,12 +24,12 @@ class Document(NamedTuple):
 
 
 def open_stream(
-    config: RunConfig, datasets: list[Dataset], saved: list[Any] | None = None, cursor: int = 0
+    config: RunConfig, datasets: list[Dataset], saved: list[Any] | None = None, cursor: int = 0, step: int = 0
 ) -> MixedStream:
     """The training samples, all sources mixed by weight.
 
-    saved: the mixture's history out of a checkpoint, which goes on from sample `cursor` as the recipe says now. Raises
-    ValueError where that cannot be, or the sources are used up before the run ends.
+    saved: the mixture's history out of the checkpoint of `step`, which goes on from sample `cursor` as the recipe says
+    now. Raises ValueError where that cannot be, or the sources are used up before the run ends.
     """
     names = source_names(config)
     skips = read_skips(Path(config.data.skip)) if config.data.skip else []
@@ -39,7 +39,8 @@ def open_stream(
         streams[name] = make_stream(config, dataset, skipped=skipped)
     shares = _shares(config, list(streams.values()), datasets)
     timeline = Timeline.of(shares) if saved is None else Timeline.from_state(saved).edited(cursor, shares)
-    timeline.where(config.train.steps * config.train.global_batch - 1, 1)
+    if left := (config.train.steps - step) * config.train.global_batch:
+        timeline.where(cursor + left - 1, 1)
     return MixedStream(streams, timeline)
 
 

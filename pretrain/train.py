@@ -123,7 +123,7 @@ def _train(config: RunConfig, world: World, ranks: Ranks, beat: Heartbeat, resum
             _say(world, f"changed since the last start: {change}")
         if afresh:
             _say(world, "other parameters are trained now: the optimizer's state starts anew")
-    stream = open_stream(config, datasets, position.mixture, position.cursor)
+    stream = open_stream(config, datasets, position.mixture, position.cursor, position.step)
     for line in describe_packing(config, datasets, engine.data_world) if world.rank == 0 else ():
         print(line, flush=True)
     hosts = list(dict.fromkeys(ranks.gather(platform.node())))
