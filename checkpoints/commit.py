@@ -88,10 +88,15 @@ def not_saved(folder: Path, step: int, error: Exception) -> CheckpointError:
     return shared
 
 
-def _make_temp(folder: Path, temp: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Makes the folder of a run's checkpoints, where there is none, so that it survives a power cut."""
     if not folder.exists():
         folder.mkdir(parents=True)
         fsync(folder.parent)
+
+
+def _make_temp(folder: Path, temp: Path) -> None:
+    make_folder(folder)
     _clear_stale(folder)
     for part in PARTS:
         (temp / part).mkdir(parents=True)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Literal
 
 from checkpoints.commit import find_steps, step_folder
 from checkpoints.manifest import STATE, Manifest, fsync, write_durably
+
+MARK = re.compile(r"step-(\d+)\.(pinned|unpinned)")
 
 log = logging.getLogger(__name__)
 
@@ -86,22 +89,39 @@ def numbers_of(state: bytes) -> dict[str, float]:
 def pin(folder: Path, step: int) -> None:
     """The checkpoint is never pruned. Raises FileNotFoundError where there is none."""
     find_step(folder, step)
-    write_durably(_pin_file(folder, step), b"")
-    fsync(folder)
+    mark_pinned(folder, step)
+    forget_unpinned(folder, step)
 
 
 def unpin(folder: Path, step: int) -> None:
     """It may be pruned again, at the next save."""
     find_step(folder, step)
-    _pin_file(folder, step).unlink(missing_ok=True)
+    if is_pinned(folder, step):  # the name stays, so that a copy elsewhere hears of it
+        pin_file(folder, step).rename(_unpinned(folder, step))
+
+
+def mark_pinned(folder: Path, step: int) -> None:
+    """As `pin`, also of a checkpoint that is yet to come."""
+    write_durably(pin_file(folder, step), b"")
+    fsync(folder)
 
 
 def is_pinned(folder: Path, step: int) -> bool:
-    return _pin_file(folder, step).exists()
+    return pin_file(folder, step).exists()
 
 
 def pinned_steps(folder: Path) -> set[int]:
     return {step for step in find_steps(folder) if is_pinned(folder, step)}
+
+
+def unpinned_steps(folder: Path) -> set[int]:
+    """Those that were pinned once, whether they are still there or not, until `forget_unpinned`."""
+    marks = (MARK.fullmatch(path.name) for path in folder.glob("step-*.unpinned"))
+    return {int(mark[1]) for mark in marks if mark} - pinned_steps(folder)
+
+
+def forget_unpinned(folder: Path, step: int) -> None:
+    _unpinned(folder, step).unlink(missing_ok=True)
 
 
 def find_step(folder: Path, step: int) -> Path:
@@ -139,11 +159,15 @@ def rewind(folder: Path, step: int, also: Sequence[Path] = ()) -> Path | None:
     for other in sorted(newer, reverse=True):  # the newest one that is left is always where a start would go on
         newer[other].rename(aside / step_folder(folder, other).name)
         if is_pinned(folder, other):
-            _pin_file(folder, other).rename(_pin_file(aside, other))
+            pin_file(folder, other).rename(pin_file(aside, other))
         fsync(folder)
     fsync(aside)
     return aside
 
 
-def _pin_file(folder: Path, step: int) -> Path:
-    return folder / f"{step_folder(folder, step).name}.pinned"
+def pin_file(folder: Path, step: int) -> Path:
+    return step_folder(folder, step).with_suffix(".pinned")
+
+
+def _unpinned(folder: Path, step: int) -> Path:
+    return step_folder(folder, step).with_suffix(".unpinned")

@@ -30,7 +30,7 @@ from checkpoints.listing import (
 from checkpoints.manifest import STATE, Manifest, Origin, Progress
 from checkpoints.pieces import Contents, Plan, local_part, make_plan, signature
 from checkpoints.remote import Remote
-from checkpoints.retention import Retention, find_step, pinned_steps, prune
+from checkpoints.retention import Retention, find_step, prune
 from checkpoints.shards import read_shards
 
 __all__ = ["CheckpointError", "CheckpointInfo", "CheckpointStore", "Report"]
@@ -189,14 +189,15 @@ class CheckpointStore:
         return state
 
     def fetch(self) -> int | None:
-        """Step of the newest whole checkpoint of the remote, where that is newer than all here: it is brought here."""
+        """Step of the newest whole checkpoint of the remote, where that is newer than all here: it is brought here.
+
+        Raises ValueError where the remote is another run's, CheckpointError where all there are broken, none is here.
+        """
         if self._remote is None:
             return None
-        newest = self._remote.newest_whole()
-        if newest is None or newest <= (self.newest_whole() or -1):
-            return None
-        self._remote.fetch(newest, self.folder)
-        return newest
+        self._remote.claim(self.folder)
+        self._remote.carry_pins(self.folder)
+        return self._remote.fetch(self.folder, after=self.newest_whole())
 
     def newest_whole(self) -> int | None:
         """As `listing.newest_whole`. `load(None, ...)` makes all ranks agree on what rank 0 finds."""
@@ -274,10 +275,9 @@ class CheckpointStore:
 
     def _copy(self, remote: Remote, path: Path, snapshot: Snapshot, ranks: Ranks) -> None:
         names = [shard_name(part, ranks.rank) for part, pieces in snapshot.plan.pieces.items() if pieces]
-        pinned = pinned_steps(self.folder)
         try:
             remote.push(path, names, ranks)
-            ranks.on_first(lambda: remote.prune(self.retention, pinned, just_saved=snapshot.step))
+            ranks.on_first(lambda: remote.prune(self.retention, self.folder, just_saved=snapshot.step))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"step {snapshot.step} is saved in {self.folder}, but not copied: {error}") from error
 

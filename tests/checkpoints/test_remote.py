@@ -12,6 +12,7 @@ from moto.server import ThreadedMotoServer
 
 from checkpoints.collective import CheckpointError
 from checkpoints.remote import Remote
+from checkpoints.retention import is_pinned, pin, unpin
 from checkpoints.store import CheckpointStore
 from tests.ranks import run_ranks
 
@@ -52,8 +53,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(key, text)
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-    yield "s3://bucket/runs/one"
+    name = uuid.uuid4().hex  # what one server holds the next one in the same process has too
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
+    yield f"s3://{name}/runs/one"
     fsspec.filesystem("s3").clear_instance_cache()
     server.stop()
 
@@ -69,8 +71,8 @@ def test_s3_holds_what_the_run_holds_and_gives_it_back(bucket: str, tmp_path: Pa
     assert elsewhere.fetch() == 3 and value(elsewhere, 3) == 3.0
     s3 = fsspec.filesystem("s3")
     for name in (path.relative_to(store.folder) for path in store.folder.rglob("*") if path.is_file()):
-        assert s3.cat_file(f"bucket/runs/one/{name}") == (store.folder / name).read_bytes()
-    s3.rm_file("bucket/runs/one/step-00000003/model/rank-00000.safetensors")
+        assert s3.cat_file(f"{bucket}/{name}") == (store.folder / name).read_bytes()
+    s3.rm_file(f"{bucket}/step-00000003/model/rank-00000.safetensors")
     third = CheckpointStore(tmp_path / "third", remote=bucket)
     assert third.fetch() == 2 and value(third, 2) == 2.0
     assert "skipping a broken copy" in caplog.text and "rank-00000.safetensors is missing" in caplog.text
@@ -141,18 +143,124 @@ def test_the_store_fails_at_any_call_and_keeps_a_whole_copy(tmp_path: Path, memo
     pytest.fail("the save never came to its end")
 
 
-def test_damage_on_the_way_is_noticed(tmp_path: Path, memory: str):
+def flip_a_bit(url: str) -> None:
+    files = fsspec.filesystem(url.partition(":")[0])
+    content = bytearray(files.cat_file(url))
+    content[-1] ^= 1
+    files.pipe_file(url, bytes(content))
+
+
+def test_a_damaged_copy_is_named_and_the_next_older_one_fetched(bucket: str, tmp_path: Path, caplog):
+    store = CheckpointStore(tmp_path / "here", remote=bucket)
+    for step in (0, 1, 2):
+        save(store, step)
+    flip_a_bit(f"{bucket}/step-00000002/model/rank-00000.safetensors")
+    fresh = CheckpointStore(tmp_path / "there", remote=bucket)
+    assert fresh.fetch() == 1 and value(fresh, 1) == 1.0
+    line = f"skipping a broken copy of a checkpoint: {bucket}/step-00000002/model/rank-00000.safetensors is damaged"
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [line]
+    flip_a_bit(f"{bucket}/step-00000001/manifest.json")
+    flip_a_bit(f"{bucket}/step-00000000/state.json")
+    third = CheckpointStore(tmp_path / "third", remote=bucket)
+    why = r"has 3 checkpoints and none is whole \(.*step-00000002/.* is damaged\); restore one, or choose another"
+    with pytest.raises(CheckpointError, match=why):
+        third.fetch()
+    assert third.list() == [] and not list(third.folder.glob(".tmp*"))
+    assert fresh.fetch() is None  # it has step 1, and goes on from that
+
+
+def test_a_store_that_does_not_answer_is_no_damage(tmp_path: Path, memory: str, monkeypatch):
     store = CheckpointStore(tmp_path / "here", remote=memory)
     save(store, 1)
-    files = fsspec.filesystem("memory")
-    place = f"{memory.removeprefix('memory:/')}/step-00000001/model/rank-00000.safetensors"
-    content = bytearray(files.cat_file(place))
-    content[-1] ^= 1
-    files.pipe_file(place, bytes(content))
+    save(store, 2)
     fresh = CheckpointStore(tmp_path / "there", remote=memory)
-    with pytest.raises(CheckpointError, match=r"step-00000001/model/rank-00000.safetensors is damaged"):
+    files = fresh._remote._store  # type: ignore[union-attr]
+    real = files.cat_file
+
+    def cat_file(path: str, *args, **kwargs) -> bytes:
+        if "step-00000002" in path:
+            raise ConnectionError("gone away")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(files, "cat_file", cat_file)
+    with pytest.raises(CheckpointError, match="gone away"):
         fresh.fetch()
-    assert fresh.list() == []
+    assert fresh.list() == []  # step 1 would be a silent way back
+
+
+def test_no_run_takes_or_prunes_the_copies_of_another(bucket: str, tmp_path: Path):
+    store = CheckpointStore(tmp_path / "here", keep=1, remote=bucket)
+    save(store, 300)
+    refused = r"checkpoint.remote = '.*' has the checkpoints of another run than the one in .*{}: choose another"
+    merged = tmp_path / "merged"
+    save(CheckpointStore(merged), 0)
+    other = CheckpointStore(merged, keep=1, remote=bucket)
+    with pytest.raises(ValueError, match=refused.format("merged")):
+        other.fetch()
+    with pytest.raises(CheckpointError, match=f"step 301 is saved in .*, but not copied: {refused.format('merged')}"):
+        save(other, 301)
+    save(CheckpointStore(tmp_path / "second", remote=f"{bucket}-2"), 300)
+    with pytest.raises(ValueError, match=refused.format("second")):  # its own id is another
+        CheckpointStore(tmp_path / "second", remote=bucket).fetch()
+    assert Remote(bucket).steps() == [300]
+    assert [info.step for info in other.list()] == [301]
+    moved = CheckpointStore(tmp_path / "moved", keep=1, remote=bucket)  # an empty folder is the same run elsewhere
+    assert moved.fetch() == 300
+    save(moved, 302)
+    assert store.fetch() == 302 and value(store, 302) == 302.0
+
+
+def test_runs_and_copies_of_before_there_were_ids_go_on(tmp_path: Path, memory: str):
+    here, there = tmp_path / "here/run-id", f"{memory}/run-id"
+    store = CheckpointStore(here.parent, remote=memory)
+    files = fsspec.filesystem("memory")
+    save(store, 1)
+    here.unlink()
+    files.rm_file(there)
+    assert CheckpointStore(tmp_path / "moved", remote=memory).fetch() == 1  # neither has one: it gets one
+    name = files.cat_file(there)
+    assert len(name) == 32 and (tmp_path / "moved/run-id").read_bytes() == name
+    save(store, 2)  # has the same step 1
+    assert here.read_bytes() == name and Remote(memory).steps() == [1, 2]
+    files.rm_file(there)
+    assert store.fetch() is None and files.cat_file(there) == name
+    here.unlink()
+    save(CheckpointStore(here.parent), 2, loss=0.5)  # a branch that went on from step 1 in its own way
+    with pytest.raises(ValueError, match="another run"):
+        store.fetch()
+
+
+def test_pins_go_with_the_copies(bucket: str, tmp_path: Path):
+    def on(name: str) -> CheckpointStore:
+        return CheckpointStore(tmp_path / name, keep=1, remote=bucket)
+
+    here = on("here")
+    save(here, 1)
+    pin(here.folder, 1)
+    save(here, 2)
+    moved = on("moved")
+    assert moved.fetch() == 2
+    save(moved, 3)
+    assert Remote(bucket).steps() == [1, 3] and [info.step for info in moved.list()] == [3]
+    pin(moved.folder, 3)
+    assert moved.fetch() is None  # any start tells the store
+    third = on("third")
+    assert third.fetch() == 3 and is_pinned(third.folder, 3)
+    unpin(third.folder, 3)
+    save(third, 4)
+    assert Remote(bucket).steps() == [1, 4]
+    unpin(here.folder, 1)
+    save(CheckpointStore(here.folder, keep=1), 2)  # step 1 is pruned here before the store can hear of it
+    assert here.fetch() == 4
+    save(here, 5)
+    assert Remote(bucket).steps() == [5]
+    pin(here.folder, 5)
+    here.fetch()
+    assert Remote(bucket).set_aside(after=4) == [5]
+    (here.folder / "step-00000005.pinned").unlink()
+    save(here, 5)
+    save(here, 6)
+    assert Remote(bucket).steps() == [6]
 
 
 def test_retention_goes_by_what_the_store_has(tmp_path: Path, memory: str):
