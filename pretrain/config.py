@@ -93,8 +93,8 @@ class RunConfig(Section):
             )
         if both and not self.objective.document_mask:
             raise ValueError(
-                'objective.document_mask = false leaves no mask for objective.image_attention = "both"; set it to true, '
-                'or image_attention to "causal"'
+                'objective.document_mask = false leaves no mask for objective.image_attention = "both"; set it to '
+                'true, or image_attention to "causal"'
             )
         if self.train.global_batch % self.train.micro_batch:
             raise ValueError(

@@ -18,6 +18,7 @@ from checkpoints.hf.brand import Brand, Config
 from checkpoints.hf.folder import CONFIG, Kept, read_config, write_config
 from checkpoints.hf.lineage import read_lineage, write_lineage
 from checkpoints.hf.ops import Shapes, Step, bind, first_few, match, wrong_experts
+from checkpoints.hf.pictures import PictureSteps
 from checkpoints.hf.processor import write_processor
 from checkpoints.hf.tokenizer import copy_tokenizer, settle_tokenizer
 from checkpoints.manifest import Origin, Progress, checksum
@@ -49,6 +50,7 @@ def export(
     dtype: torch.dtype | None = None,
     shard_size: str = "5GB",
     kept: Kept | None = None,
+    pictures: PictureSteps | None = None,
     prove: Prove | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -56,8 +58,9 @@ def export(
 
     config: the native model's. shapes: of its tensors, tied ones once. tokenizer: folder whose tokenizer files come
     along. dtype: of floating-point weights; None keeps them as saved. shard_size: largest file, such as "5GB".
-    kept: what the model's import had kept. prove: called with the folder before it gets its name; an error of it, or
-    any other, leaves nothing behind. progress: called with the number of bytes just converted.
+    kept: what the model's import had kept. pictures: what became of them in training, for a model that sees. prove:
+    called with the folder before it gets its name; an error of it, or any other, leaves nothing behind. progress:
+    called with the number of bytes just converted.
 
     Memory stays below two of the largest tensors. Raises ValueError or FileNotFoundError, one line.
     """
@@ -79,7 +82,8 @@ def export(
             copy_tokenizer(tokenizer, temp)
             settle_tokenizer(temp, config["vocab_size"])
         if processor is not None:
-            write_processor(temp, processor)
+            assert pictures is not None, "a model that sees is exported with what became of pictures"
+            write_processor(temp, processor, pictures)
         arguments = {"model_type": brand.model_type, "dtype": dtype and dtype_name(dtype)}
         write_lineage(temp, origin("export", arguments, checkpoint))
         with TensorWriter(temp, *_hf_layout(temp, infos, max_bytes)) as writer:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.hf.brand import Config, Misfit, misfit
+from checkpoints.hf.pictures import PictureSteps, check_newline, check_square, fuyu_size, read_steps, square
 from checkpoints.hf.tokenizer import ABOUT, FAST, load_tokenizer
 
 KEY = "processor"
@@ -25,18 +26,19 @@ def read_processor(folder: Path) -> Config:
     return content
 
 
-def write_processor(folder: Path, content: Config) -> None:
+def write_processor(folder: Path, content: Config, steps: PictureSteps) -> None:
     """Write it. Beside a tokenizer, the image token is called as that calls it; if it has all others, it gets this one.
 
     content: as the file's, but for `image_token_id`, the token that stands for pictures, if there is one;
-    `fixed_image_token`, its name where the processor takes no other; and `side`, to which an image processor without a
-    class of its own brings pictures. Raises ValueError where the tokenizer does not read the image token's name as this
-    token, or as the fixed one.
+    `fixed_image_token`, its name where the processor takes no other; and `side`, pixels of the squares that the model
+    takes, if it takes no other pictures. steps: what became of pictures in training. An import's image processor stays
+    where it does the same.
+
+    Raises ValueError where the tokenizer does not read the image token's name as this token, or as the fixed one, and
+    where the model's image processors do something else than the steps.
     """
     content = dict(content)
     side, token, fixed = (content.pop(key, None) for key in ("side", "image_token_id", "fixed_image_token"))
-    if "image_processor_type" not in content[IMAGES]:
-        content[IMAGES] = {**fixed_size(side), **content[IMAGES]}
     beside = token is not None and (folder / ABOUT).is_file()
     if token is not None and fixed is None:
         content["image_token"] = _name(folder, token) if beside else content.get("image_token", IMAGE)
@@ -45,6 +47,28 @@ def write_processor(folder: Path, content: Config) -> None:
             f"tokenizer: model.image_token = {token} must be {fixed!r} for a {content['processor_class']}; move the "
             "run's tokenizer folder away to export without it"
         )
+    if side is None:
+        content[IMAGES] = {**content[IMAGES], "size": fuyu_size(steps, content[IMAGES])}
+        if beside:
+            check_newline(steps, folder)
+    else:
+        check_square(steps, side, content.get("processor_class", ""))
+        images = {key: content[IMAGES][key] for key in ("image_mean", "image_std")}
+        if not _does(folder, content, steps):
+            content[IMAGES] = {**square(steps.resize, side), **images}
+    _write(folder, content)
+
+
+def _does(folder: Path, content: Config, steps: PictureSteps) -> bool:
+    """Whether it has an image processor already, which does these steps."""
+    if "image_processor_type" not in content[IMAGES]:
+        return False
+    _write(folder, content)
+    known = read_steps(folder, patch=1)
+    return (known.resize, known.side) == (steps.resize, steps.side)
+
+
+def _write(folder: Path, content: Config) -> None:
     (folder / PROCESSOR).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -65,22 +89,6 @@ def _name(folder: Path, token: int) -> str:
         f"tokenizer: model.image_token = {token}, {what}; add it there as a special token, or move the run's tokenizer "
         "folder away to export without it"
     )
-
-
-def fixed_size(side: int) -> Config:
-    """An image processor that gives squares: the shorter side to `side` pixels, the middle of the longer."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-    }
 
 
 def mean_and_std(config: Config) -> tuple[Any, Any]:

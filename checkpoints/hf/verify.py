@@ -1,7 +1,6 @@
 """Proof that an exported folder is the native model: its tensors bit for bit, its logits as transformers gets them."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from checkpoints.hf.brand import Brand
 from checkpoints.hf.convert import target_dtype
 from checkpoints.hf.ops import Shapes, Step, bind, first_few
 from checkpoints.hf.probe import Probe, text_probe
+from checkpoints.hf.quiet import quiet
 from checkpoints.manifest import Progress
 from checkpoints.tensors import TensorFiles, as_bytes, open_checkpoint, open_hf
 
@@ -125,7 +125,7 @@ def load_transformers(folder: Path) -> Any:
         AutoModelForImageTextToText,
     )
 
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             kinds: tuple[tuple[Any, Any], ...] = (
@@ -176,19 +176,3 @@ def largest(x: Tensor) -> float:
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
     return largest(one.float() - other.float())
-
-
-@contextmanager
-def _quiet() -> Any:
-    """No progress bar from transformers, ours is there already, and no report: our error names what is in it."""
-    from transformers.utils import logging
-
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()

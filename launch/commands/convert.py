@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from checkpoints.hf import convert
 from checkpoints.hf.brand import Brand, choose_brand
 from checkpoints.hf.folder import KEPT, Kept
 from checkpoints.hf.ops import Shapes
+from checkpoints.hf.pictures import PictureSteps, read_steps
 from checkpoints.hf.tokenizer import copy_tokenizer, has_tokenizer
 from checkpoints.hf.verify import Trace, prove_logits, prove_tensors
 from checkpoints.hf.verify_pairs import Features, prove_features
@@ -23,7 +25,8 @@ from checkpoints.manifest import MANIFEST, Manifest
 from checkpoints.store import CheckpointStore
 from launch.progress import progress_bar
 from parallel.materialise import named_tensors
-from pretrain.config import load_run_config, validate, write_config
+from pretrain.config import RunConfig, load_run_config, validate, write_config
+from pretrain.data import picture_form
 from pretrain.load import build_model
 from pretrain.models import FAMILIES
 
@@ -49,12 +52,15 @@ def export(args: argparse.Namespace) -> None:
     kept = Kept.load(run_dir / KEPT) if (run_dir / KEPT).is_file() else None
     native = config.model_dump(mode="json")
     brand = pick_brand(config, native, args.brand, kept)
+    pictures = picture_steps(run_config) if brand.patches(native) else None
     dtype = DTYPES[args.dtype] if args.dtype else None
     tokenizer = run_dir / "tokenizer"
     num_bytes = sum(entry.bytes for name, entry in Manifest.read(checkpoint).files.items() if name.startswith("model/"))
     out = Path(args.out)
     console = Console(soft_wrap=True, highlight=False)
     lines: list[str] = []
+    if pictures is not None and pictures.resize == "native" and pictures.newline < 0:
+        lines.append("a FuyuProcessor ends rows of patches with a token, the run did not (data.pictures.newline = -1)")
 
     with progress_bar(console) as bar:
 
@@ -79,6 +85,7 @@ def export(args: argparse.Namespace) -> None:
             dtype=dtype,
             shard_size=args.shard_size,
             kept=kept,
+            pictures=pictures,
             prove=prove,
             progress=bar("writing", num_bytes),
         )
@@ -92,7 +99,14 @@ def import_(args: argparse.Namespace) -> None:
     with new_folder(run_dir) as temp:
         model = convert.look_at(folder, brands)
         patches = model.brand.patches(model.config)  # of one picture, which must fit a row
-        data = {"seq_len": min(max(512, 2 * patches), model.config.get("max_seq_len", patches)), "patches": patches}
+        longest = model.config.get("max_seq_len", patches)
+        data: dict[str, Any] = {}
+        if patches:
+            steps = read_steps(folder, model.config["patches"]["size"])
+            steps = replace(steps, max_patches=min(steps.max_patches, longest // 4))  # text and new lines beside them
+            patches = steps.max_patches or patches
+            data["pictures"] = steps.in_recipe()
+        data |= {"seq_len": min(512 + 2 * patches, longest), "patches": patches}
         tree = {"run": {"dir": str(run_dir)}, "model": model.config, "data": data}
         if model.brand.objective:
             tree["objective"] = dict(model.brand.objective)
@@ -107,6 +121,13 @@ def import_(args: argparse.Namespace) -> None:
         model.kept.save(temp / KEPT)
         write_config(config, temp / "config.toml")
     print(f"imported {folder} ({model.brand.model_type}, {len(shapes)} tensors) as the run {run_dir}, at step 0")
+
+
+def picture_steps(config: RunConfig) -> PictureSteps:
+    """What becomes of pictures in a run."""
+    form = picture_form(config)
+    newline = -1 if form.newline_token is None else form.newline_token
+    return PictureSteps(form.resize, form.size, form.max_patches, newline)
 
 
 def find_checkpoint(path: Path, step: int | None) -> tuple[Path, Path]:

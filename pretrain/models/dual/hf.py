@@ -115,10 +115,8 @@ def text_row(brand: Brand, *more: str) -> ConfigRow:
     )
 
 
-def vision_row(brand: Brand, squash: bool) -> ConfigRow:
-    """The whole's `vision_config`, and the processor that makes its pictures: squares, of the middle of a picture or,
-    with `squash`, of all of it.
-    """
+def vision_row(brand: Brand) -> ConfigRow:
+    """The whole's `vision_config`, and the processor that makes its pictures, which are squares."""
     brands = {brand.model_type: brand}
 
     def write(native: Config) -> Config:
@@ -126,11 +124,8 @@ def vision_row(brand: Brand, squash: bool) -> ConfigRow:
         tower = native["vision"] | {"patch": patches["size"]}
         OnlyNative("output_layer", -1).to_hf(tower)
         vision = inner_to_hf(brands, {key: v for key, v in tower.items() if key != "output_layer"})
-        side = vision["image_size"]
-        images: Config = {"image_mean": list(patches["mean"]), "image_std": list(patches["std"])}
-        if squash:
-            images |= SQUASHED | {"size": {"height": side, "width": side}}
-        return {"vision_config": vision, processor.KEY: {processor.IMAGES: images, "side": side}}
+        images = {"image_mean": list(patches["mean"]), "image_std": list(patches["std"])}
+        return {"vision_config": vision, processor.KEY: {processor.IMAGES: images, "side": vision["image_size"]}}
 
     def read(hf: Config) -> Config:
         vision = inner_to_native(brands, hf, "vision_config")
@@ -141,17 +136,6 @@ def vision_row(brand: Brand, squash: bool) -> ConfigRow:
         }
 
     return Mapped(("vision", "patches"), ("vision_config", processor.KEY), write, read)
-
-
-SQUASHED = {
-    "image_processor_type": "SiglipImageProcessor",
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "resample": 3,  # bicubic
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-}
 
 
 def _needs_bias(native: Config) -> Config:
@@ -194,7 +178,7 @@ CLIP = Brand(
     (
         *fixed(family="dual", image_pool="class", text_pool="end", image_head=True, text_bias=False, logit_bias=None),
         text_row(CLIP_TEXT),
-        vision_row(CLIP_TOWER, squash=False),
+        vision_row(CLIP_TOWER),
         Same("features", "projection_dim"),
         Mapped(
             ("logit_scale",),
@@ -225,7 +209,7 @@ SIGLIP = Brand(
     (
         *fixed(family="dual", image_pool="map", text_pool="last", image_head=False, text_bias=True),
         text_row(SIGLIP_TEXT, "features"),
-        vision_row(POOLED_SIGLIP_TOWER, squash=True),
+        vision_row(POOLED_SIGLIP_TOWER),
         # Of the start of training, which transformers does not keep.
         Mapped(("logit_scale",), (), lambda native: {}, lambda hf: {"logit_scale": 10.0}),
         Mapped(("logit_bias",), (), _needs_bias, lambda hf: {"logit_bias": -10.0}),

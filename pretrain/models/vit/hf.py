@@ -53,9 +53,8 @@ def _tower_to_hf(native: Config) -> Config:
     config: Config = {}
     for row in TOWER:
         config |= row.to_hf(tower)
-    side = config["image_size"]
-    images = {"image_mean": list(patches["mean"]), "image_std": list(patches["std"]), **squashed(side)}
-    return {**config, processor.KEY: {processor.IMAGES: images, "side": side}}
+    images = {"image_mean": list(patches["mean"]), "image_std": list(patches["std"])}
+    return {**config, processor.KEY: {processor.IMAGES: images, "side": config["image_size"]}}
 
 
 def _tower_to_native(hf: Config) -> Config:
@@ -64,20 +63,6 @@ def _tower_to_native(hf: Config) -> Config:
         tower |= row.to_native(hf)
     mean, std = processor.mean_and_std(hf)
     return {"patches": {"size": tower.pop("patch"), "mean": mean, "std": std}, "vision": tower}
-
-
-def squashed(side: int) -> Config:
-    """An image processor that brings both sides of a picture to `side` pixels, as `data.pictures.resize = "squash"`."""
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": side, "width": side},
-        "resample": 3,  # bicubic
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-    }
 
 
 def _classes_to_hf(native: Config) -> Config:

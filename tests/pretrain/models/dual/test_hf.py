@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedTo
 from checkpoints.hf import convert
 from checkpoints.hf.brand import choose_brand
 from launch.commands.convert import prove_outputs
+from pretrain.config import override_config, write_config
 from pretrain.load import load_trained
 from pretrain.models.dual.config import DualConfig
 from pretrain.models.dual.hf import BRANDS, POSITION_IDS
@@ -122,6 +123,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert trained.config.data.patches == 25 + config.vision.class_token
     assert trained.config.objective.loss == ("sigmoid" if name.startswith("siglip") else "softmax")
     assert config.patches.mean == tuple(MEAN) and config.patches.std == tuple(STD)
+    assert trained.config.data.pictures.resize == ("squash" if name.startswith("siglip") else "crop")
     pictures, tokens, lengths = inputs()
     ours, expected = native_outputs(model, pictures, tokens, lengths), hf_outputs(theirs, pictures, tokens)
     assert expected["logits_per_image"].std() > 0.1  # else the next lines would prove nothing
@@ -146,17 +148,18 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
         assert torch.equal(value, expected[key]), key
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_a_model_of_our_own_has_a_brand_and_its_processor(name: str, tmp_path: Path) -> None:
-    """Nothing is kept of an import; the tokenizer says which token ends a text."""
+@pytest.mark.parametrize(("name", "resize"), [("clip", "crop"), ("siglip", "squash"), ("siglip", "crop")])
+def test_a_model_of_our_own_has_a_brand_and_its_processor(name: str, resize: str, tmp_path: Path) -> None:
+    """Nothing is kept of an import; the tokenizer says which token ends a text, the run what became of pictures."""
     run = tmp_path / "run"
     checkpoint_command("import", save_model(name, tmp_path / "hf"), run)
+    write_config(override_config(run, [f"data.pictures.resize={resize}"]), run / "config.toml")
     (run / "huggingface.json").unlink()
     save_tokenizer(run / "tokenizer", end=EOS)
     assert checkpoint_command("export", run, tmp_path / "own") == 0
     written = json.loads((tmp_path / "own" / "processor_config.json").read_text())["image_processor"]
     assert written["image_mean"] == MEAN and written["image_std"] == STD and written["do_normalize"]
-    assert {"clip": "crop_size", "siglip": "size"}[name] in written
+    assert ("crop_size" in written) == (resize == "crop")
     assert written.get("crop_size", written["size"]) == {"height": SIDE, "width": SIDE}
     pictures = inputs()[0]
     processor = AutoImageProcessor.from_pretrained(tmp_path / "own")

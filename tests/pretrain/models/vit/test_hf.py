@@ -96,11 +96,8 @@ def test_a_png_gives_the_same_logits_through_both(tmp_path: Path) -> None:
     write_tar(shard, samples)
 
     trained = load_trained(run)
-    pictures = trained.config.data.pictures.model_copy(update={"resize": "squash"})
-    data = trained.config.data.model_copy(update={"pictures": pictures})
-    form = picture_form(trained.config.model_copy(update={"data": data}))
     dataset = ImageTextDataset(shard, as_tokenizer(names), progress=False)
-    rows = to_torch(LabelStream(dataset, form, seq_len=data.seq_len, shuffle=False).read(0, 3))
+    rows = to_torch(LabelStream(dataset, picture_form(trained.config), seq_len=26, shuffle=False).read(0, 3))
     objective = ClassificationObjective(ClassificationConfig())
     batch = objective.collate(rows)
     with torch.inference_mode():

@@ -8,9 +8,17 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers
-from transformers import AutoModelForImageTextToText, AutoProcessor, FuyuImageProcessorPil, PreTrainedTokenizerFast
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    FuyuImageProcessorPil,
+    PreTrainedTokenizerFast,
+)
 
 from checkpoints.hf.brand import choose_brand
+from pretrain.config import load_run_config
+from pretrain.data import picture_form
 from pretrain.load import load_trained
 from pretrain.models.vlm.config import VLMConfig
 from pretrain.models.vlm.hf import BRANDS
@@ -19,7 +27,7 @@ from pretrain.models.vlm.model import Pictures
 from tests.checkpoints.hf.tiny import TOKEN_IDS
 from tests.pretrain.models.vlm.test_hf import config_of
 from tests.pretrain.models.vlm.test_hf_processor import draw
-from tests.pretrain.models.vlm.tiny_hf import IMAGE_TOKEN, VOCAB, export_run, import_run, probe_of, save_hf
+from tests.pretrain.models.vlm.tiny_hf import IMAGE_TOKEN, VOCAB, edit_run, export_run, import_run, probe_of, save_hf
 
 PERSIMMON = {
     "model_type": "persimmon", "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 76,
@@ -111,8 +119,9 @@ def patches_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_png_and_a_prompt_give_the_same_logits(tmp_path: Path, patches_of_tensors: None) -> None:
     theirs, run, out = tmp_path / "hf", tmp_path / "run", tmp_path / "out"
     save_hf(FUYU | {"image_token_id": 0}, theirs)
+    save_tokenizer(theirs, "|SPEAKER|", "|NEWLINE|")
     import_run(theirs, run)
-    export_run(run, out, tokenizer=save_tokenizer(tmp_path / "tokenizer", "|SPEAKER|", "|NEWLINE|"), keep=False)
+    export_run(run, out, keep=False)
     picture = draw(tmp_path / "picture.png", (20, 15))
     inputs = AutoProcessor.from_pretrained(out)(images=picture, text="the quick fox", return_tensors="pt")
     tokens = inputs.input_ids
@@ -130,6 +139,60 @@ def test_a_png_and_a_prompt_give_the_same_logits(tmp_path: Path, patches_of_tens
         expected = model(**inputs).logits
         ours = trained.model.logits(trained.model(tokens, pictures=pictures, slots=slots.int()))
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_what_becomes_of_pictures_comes_along_and_goes_back(tmp_path: Path) -> None:
+    """A picture of 25 x 40 pixels is 40 patches of 5, of which 128 tokens leave room for 32, and 25 x 25 pixels."""
+    theirs, run = tmp_path / "hf", tmp_path / "run"
+    save_hf(FUYU | {"image_token_id": 0}, theirs)
+    save_tokenizer(theirs, "|SPEAKER|", "|NEWLINE|")
+    import_run(theirs, run)
+    data = load_run_config(run).data
+    assert (data.pictures.resize, data.pictures.max_patches, data.pictures.newline) == ("native", 32, 1)
+    assert data.patches == 32 and picture_form(load_run_config(run)).most_tokens < data.seq_len
+
+    export_run(run, tmp_path / "capped")
+    edit_run(run, "data.pictures.max_patches=40")
+    export_run(run, tmp_path / "whole")
+    sizes = [AutoImageProcessor.from_pretrained(tmp_path / name).size for name in ("capped", "whole")]
+    assert [(size.height, size.width) for size in sizes] == [(25, 25), (25, 40)]
+
+
+@pytest.mark.parametrize(
+    ("change", "tokens", "message"),
+    [
+        (
+            "newline=-1",
+            ("|SPEAKER|", "|NEWLINE|"),
+            r"data\.pictures\.newline = -1: .* '\|NEWLINE\|', token 1, .* = 1 to",
+        ),
+        ("newline=0", ("|SPEAKER|",), r"tokenizer: it lacks '\|NEWLINE\|'"),
+        (
+            "resize=crop",
+            ("|SPEAKER|", "|NEWLINE|"),
+            r'data\.pictures\.resize = "crop": .* train with "native" to export',
+        ),
+    ],
+)
+def test_steps_that_its_processor_does_not_do_are_refused(
+    change: str, tokens: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    save_hf(FUYU | {"image_token_id": 0}, tmp_path / "hf")
+    import_run(tmp_path / "hf", run)
+    edit_run(run, f"data.pictures.{change}", *(["data.pictures.size=15"] if "crop" in change else []))
+    with pytest.raises(ValueError, match=message) as caught:
+        export_run(run, tmp_path / "out", tokenizer=save_tokenizer(tmp_path / "tokenizer", *tokens))
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_an_export_without_tokenizer_says_that_rows_had_no_new_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_hf(FUYU, tmp_path / "hf")
+    import_run(tmp_path / "hf", tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert "the run did not (data.pictures.newline = -1)" in capsys.readouterr().out
 
 
 def test_an_image_token_of_another_name_is_refused(tmp_path: Path) -> None:

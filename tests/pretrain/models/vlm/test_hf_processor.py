@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipImageProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, SiglipImageProcessor
 
+from checkpoints.hf.pictures import PictureSteps, read_steps
 from data_pipeline.images.decode import decode
-from data_pipeline.images.form import PictureForm
+from pretrain.config import load_run_config
+from pretrain.data import picture_form
 from pretrain.load import Trained, load_trained
 from pretrain.models.vlm.hf_probe import pack
 from tests.checkpoints.hf.tiny import load_tokenizer, tiny_tokenizer
 from tests.pretrain.models.vlm.test_hf import CASES
-from tests.pretrain.models.vlm.tiny_hf import MEAN, STD, export_run, import_run, save_hf
+from tests.pretrain.models.vlm.tiny_hf import MEAN, STD, edit_run, export_run, import_run, save_hf
 
 SIDE, IMAGE_TOKEN = 24, 300
 PROMPT = "the quick <image> fox jumps"
@@ -37,7 +39,7 @@ def draw(path: Path, size: tuple[int, int] = (61, 47)) -> Image.Image:
 
 
 def crop(picture: Image.Image) -> Image.Image:
-    """As a fresh export says: the shorter side to SIDE, the middle of the longer."""
+    """The shorter side to SIDE, the middle of the longer."""
     width, height = picture.size
     scaled = picture.resize((int(width * SIDE / height), SIDE), Image.Resampling.BICUBIC)
     left = (scaled.width - SIDE) // 2
@@ -71,25 +73,37 @@ def their_logits(folder: Path, picture: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"), [("clip-llama", False), ("clip-llama", True), ("siglip-qwen2", True), ("siglip-normed", False)]
+    ("name", "kept", "resize"),
+    [
+        ("clip-llama", False, "crop"),
+        ("clip-llama", True, "squash"),
+        ("siglip-qwen2", True, "squash"),
+        ("siglip-qwen2", True, "crop"),
+        ("siglip-normed", False, "squash"),
+    ],
 )
-def test_a_png_and_a_prompt_give_the_same_logits(name: str, kept: bool, tmp_path: Path) -> None:
+def test_a_png_and_a_prompt_give_the_same_logits(name: str, kept: bool, resize: str, tmp_path: Path) -> None:
+    """The export's processor does what the run did with pictures, as the import's did if nobody says else."""
     theirs, run, out = tmp_path / "hf", tmp_path / "run", tmp_path / "out"
     save_hf(CASES[name] | {"image_token_index": IMAGE_TOKEN}, theirs)
     if name == "siglip-qwen2":
         size = {"height": SIDE, "width": SIDE}
         SiglipImageProcessor(size=size, image_mean=MEAN, image_std=STD).save_pretrained(theirs)
     import_run(theirs, run)
+    assert load_run_config(run).data.pictures.resize == "squash"
+    edit_run(run, f"data.pictures.resize={resize}")
     export_run(run, out, tokenizer=with_tokenizer(tmp_path / "tokenizer", "<image>"), keep=kept)
 
     picture = draw(tmp_path / "picture.png")
     trained = load_trained(run)
-    ours, expected = our_logits(trained, (squash if kept else crop)(picture), out), their_logits(out, picture)
-    assert (our_logits(trained, (crop if kept else squash)(picture), out) - expected).abs().max() > 1e-3
+    does, other = (squash, crop) if resize == "squash" else (crop, squash)
+    ours, expected = our_logits(trained, does(picture), out), their_logits(out, picture)
+    assert (our_logits(trained, other(picture), out) - expected).abs().max() > 1e-3
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
     content = json.loads((out / "processor_config.json").read_text())
+    of_import = kept and resize == "squash" and name == "clip-llama"  # a CLIPImageProcessor that does not crop
     assert content["image_processor"]["image_processor_type"] == (
-        "SiglipImageProcessor" if name == "siglip-qwen2" else "CLIPImageProcessor"
+        "CLIPImageProcessor" if of_import or resize == "crop" else "SiglipImageProcessor"
     )
 
 
@@ -98,11 +112,12 @@ def test_a_picture_as_training_reads_it_gives_the_same_logits(tmp_path: Path) ->
     save_hf(CASES["clip-llama"] | {"image_token_index": IMAGE_TOKEN}, tmp_path / "hf")
     run, out = tmp_path / "run", tmp_path / "out"
     import_run(tmp_path / "hf", run)
+    edit_run(run, "data.pictures.resize=crop")
     export_run(run, out, tokenizer=with_tokenizer(tmp_path / "tokenizer"), keep=False)
     picture = draw(tmp_path / "picture.png", (53, 53))
     pixels = decode((tmp_path / "picture.png").read_bytes(), SIDE, SIDE, crop=True)
 
-    form = PictureForm(patch=8, image_token=IMAGE_TOKEN, size=SIDE, class_slot=True)
+    form = picture_form(load_run_config(run))
     patches = form.patches(pixels)
     packed, _ = pack(torch.tensor(pixels).permute(2, 0, 1)[None], 8, class_token=True)
     assert torch.equal(packed.patches[0], torch.from_numpy(patches))
@@ -141,3 +156,45 @@ def test_an_image_token_that_no_text_gives_is_refused(token: int, message: str, 
     with pytest.raises(ValueError, match=f"tokenizer: model.image_token = {token}, {message}") as caught:
         export_run(tmp_path / "run", tmp_path / "out", tokenizer=with_tokenizer(tmp_path / "tokenizer"))
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.pictures.size=16"], "data.pictures.size = 16: the exported model takes squares of 24 pixels alone"),
+        (["data.pictures.newline=5"], "data.pictures.newline = 5: a LlavaProcessor puts no token after a row"),
+    ],
+)
+def test_steps_that_no_processor_does_are_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
+    save_hf(CASES["clip-llama"], tmp_path / "hf")
+    import_run(tmp_path / "hf", tmp_path / "run")
+    edit_run(tmp_path / "run", *overrides)
+    with pytest.raises(ValueError) as caught:
+        export_run(tmp_path / "run", tmp_path / "out")
+    assert message in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (
+            {"feature_extractor_type": "CLIPFeatureExtractor", "size": 24, "crop_size": 24, "do_center_crop": True},
+            "crop",
+        ),
+        ({"feature_extractor_type": "ViTFeatureExtractor", "size": 24, "do_resize": True}, "squash"),
+        ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "crop_size": 24}, "size = "),
+        ({"image_processor_type": "LlavaImageProcessor", "size": 24, "crop_size": 24, "do_pad": True}, "do_pad = True"),
+        ({"image_processor_type": "CLIPImageProcessor", "do_resize": False}, "do_resize = False"),
+        ({"image_processor_type": "NoImageProcessor"}, "transformers cannot load its image processor"),
+    ],
+)
+def test_what_a_folder_says_of_pictures(images: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    """Older files too, with one number for a size."""
+    AutoConfig.for_model("clip").save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    if expected in ("crop", "squash"):
+        assert read_steps(tmp_path, patch=8) == PictureSteps(expected, 24)
+        return
+    with pytest.raises(ValueError) as caught:
+        read_steps(tmp_path, patch=8)
+    assert expected in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

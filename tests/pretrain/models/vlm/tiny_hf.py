@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessor, FuyuImageProcessorPil
 
 from checkpoints.hf.brand import choose_brand
 from checkpoints.hf.folder import KEPT
 from checkpoints.hf.probe import Probe
+from pretrain.config import override_config, write_config
 from pretrain.load import Trained
 from pretrain.models.vlm.hf import BRANDS
 from tests.checkpoints.hf.tiny import checkpoint_command
@@ -27,9 +28,11 @@ def save_hf(config: dict[str, Any], folder: Path, seed: int = 0) -> Any:
             parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     square = {"height": 24, "width": 24}
-    CLIPImageProcessor(
-        image_mean=MEAN, image_std=STD, size=square, crop_size=square, do_center_crop=False
-    ).save_pretrained(folder)
+    about: dict[str, Any] = {"image_mean": MEAN, "image_std": STD}
+    if config["model_type"] == "fuyu":
+        FuyuImageProcessorPil(**about, size={"height": 25, "width": 40}).save_pretrained(folder)
+    else:
+        CLIPImageProcessor(**about, size=square, crop_size=square, do_center_crop=False).save_pretrained(folder)
     return model.eval()
 
 
@@ -43,6 +46,11 @@ def probe_of(trained: Trained) -> Probe:
 
 def import_run(folder: Path, run: Path) -> None:
     assert checkpoint_command("import", folder, run) == 0
+
+
+def edit_run(run: Path, *overrides: str) -> None:
+    """Another config in a run's folder, as if it had been trained with that."""
+    write_config(override_config(run, list(overrides)), run / "config.toml")
 
 
 def export_run(run: Path, out: Path, *, tokenizer: Path | None = None, keep: bool = True) -> None:
