@@ -42,6 +42,7 @@ class Entry(NamedTuple):
 
     step: int
     first: int  # global index of its first sample
+    batch: int  # samples of a step
     sources: list[str]
     record: Record | None
 
@@ -143,7 +144,7 @@ def _scan(path: Path) -> Iterator[tuple[int, Entry]]:
                 return
             if kind == SOURCES:
                 sources = json.loads(zlib.decompress(packed))
-                yield file.tell(), Entry(step, first, sources, None)
+                yield file.tell(), Entry(step, first, batch, sources, None)
                 continue
             record = _record(zlib.decompress(packed), count)
             steps = int(record.rows[-1]) // batch + 1
@@ -151,7 +152,7 @@ def _scan(path: Path) -> Iterator[tuple[int, Entry]]:
             for number, (begin, end) in enumerate(pairwise(bounds)):
                 own = Record(*(column[begin:end] for column in record))
                 own = own._replace(rows=own.rows - number * batch)
-                yield file.tell(), Entry(step + number, first + number * batch, sources, own)
+                yield file.tell(), Entry(step + number, first + number * batch, batch, sources, own)
 
 
 def _record(content: bytes, count: int) -> Record:

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from checkpoints.retention import find_step
+from checkpoints.state import saved_state
+from checkpoints.store import CheckpointStore
 from data_pipeline.ledger import Record
 from data_pipeline.mix import MixedStream
 from data_pipeline.timeline import Share, Timeline
@@ -39,9 +42,21 @@ def open_stream(
         streams[name] = make_stream(config, dataset, skipped=skipped)
     shares = _shares(config, list(streams.values()), datasets)
     timeline = Timeline.of(shares) if saved is None else Timeline.from_state(saved).edited(cursor, shares)
-    if left := (config.train.steps - step) * config.train.global_batch:
-        timeline.where(cursor + left - 1, 1)
+    if step < config.train.steps:
+        timeline.where(cursor + (config.train.steps - step) * config.train.global_batch - 1, 1)
     return MixedStream(streams, timeline)
+
+
+def newest_mixture(store: CheckpointStore) -> tuple[list[Any] | None, int, int]:
+    """The mixture's history as the newest whole checkpoint has it, and that one's cursor and step; None, 0, 0 without.
+
+    It knows all edits: what came after a sample makes no difference to it.
+    """
+    step = store.newest_whole()
+    if step is None:
+        return None, 0, 0
+    state = saved_state(find_step(store.folder, step))
+    return state.get("mixture"), state.get("cursor", 0), step
 
 
 def source_names(config: RunConfig) -> list[str]:
