@@ -37,21 +37,35 @@ class _Plain(pickle.Unpickler):
 
 
 def collectives() -> list[dict[str, Any]]:
-    """The newest collectives, oldest first: "op", "number" within its group, "group", "ranks" of the group, "shape",
-    "dtype", "open" (begun, not ended), "started" (on the device), "where" it was called. [] without torch's record.
+    """The newest collectives, oldest first: "op", "backend", "number" within its group and backend, "group", "ranks" of
+    the group, "shape", "dtype", "p2p" (a send or receive), "open" (called, not ended), "started" (seen to run on the
+    device, which NCCL tells where TORCH_NCCL_ENABLE_TIMING=1), "where" it was called. [] without torch's record.
     """
     if not dist.is_available() or not dist.is_initialized():
         return []
-    members = _groups()
-    found = []
+    entries = []
     for name in RECORDERS:
         dump = getattr(torch._C._distributed_c10d, name, None)
-        if dump is None:
-            continue
-        entries = _Plain(io.BytesIO(dump(True, True, False))).load().get("entries", [])
-        found += [_collective(entry, members) for entry in entries if not entry.get("is_p2p")]
-    # All that are open, and the last ones.
-    return [each for index, each in enumerate(found) if each["open"] or index >= len(found) - TOLD]
+        if dump is not None:
+            entries += _Plain(io.BytesIO(dump(True, True, False))).load().get("entries", [])
+    found = describe(entries, _groups())
+    # All that are open, the last of each group, which tells how far this rank came, and the last ones.
+    lasts = {(each["backend"], each["group"]): index for index, each in enumerate(found)}.values()
+    told = {*lasts, *range(len(found) - TOLD, len(found))}
+    return [each for index, each in enumerate(found) if each["open"] or index in told]
+
+
+def describe(entries: list[dict[str, Any]], members: dict[str, list[int]]) -> list[dict[str, Any]]:
+    """Entries of torch's record as `collectives` tells them, by the time of the call. members: the ranks of groups."""
+    # NCCL records the parts of what goes out as one without their state: they are as far as the whole.
+    wholes = {_place(entry): entry for entry in entries if str(entry["profiling_name"]).endswith("coalesced")}
+    ordered = sorted(entries, key=lambda entry: entry["time_created_ns"])
+    return [_collective(entry, wholes.get(_place(entry), entry), members) for entry in ordered]
+
+
+def _place(entry: dict[str, Any]) -> tuple[str, str, int, int]:
+    backend = str(entry["profiling_name"]).partition(":")[0]
+    return backend, str(entry["process_group"][0]), entry["collective_seq_id"], entry["p2p_seq_id"]
 
 
 def _groups() -> dict[str, list[int]]:
@@ -59,19 +73,23 @@ def _groups() -> dict[str, list[int]]:
     return {name: sorted(world.pg_group_ranks.get(group, {})) for group, name in world.pg_names.items()}
 
 
-def _collective(entry: dict[str, Any], members: dict[str, list[int]]) -> dict[str, Any]:
+def _collective(entry: dict[str, Any], whole: dict[str, Any], members: dict[str, list[int]]) -> dict[str, Any]:
     group = str(entry["process_group"][0])
     shapes, types = entry.get("input_sizes") or [[]], entry.get("input_dtypes") or [""]
     frames = [(frame["filename"], frame["line"], frame["name"]) for frame in entry.get("frames") or []]
+    backend, _, op = str(entry["profiling_name"]).partition(":")
+    p2p = bool(entry.get("is_p2p"))
     return {
-        "op": str(entry["profiling_name"]).rpartition(":")[2],
-        "number": entry["collective_seq_id"],
+        "op": op,
+        "backend": backend,
+        "number": entry["p2p_seq_id" if p2p else "collective_seq_id"],
         "group": group,
         "ranks": members.get(group, []),
         "shape": list(shapes[0]),
         "dtype": DTYPES.get(types[0], types[0].lower()),
-        "open": not entry.get("retired") and entry.get("state") != "completed",
-        "started": entry.get("state") == "started",
+        "p2p": p2p,
+        "open": not whole.get("retired") and whole.get("state") != "completed",
+        "started": whole.get("state") == "started",
         "where": _ours(frames),
     }
 
