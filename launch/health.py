@@ -34,7 +34,7 @@ from launch.probes import (
 from launch.ranks import node_name
 from launch.rundir import write_json
 from launch.slurm.allocation import call
-from launch.verdicts import Facts, Finding, finding, judge
+from launch.verdicts import LINKS, Facts, Finding, finding, judge
 from pretrain.history import now, this_start
 
 LIMIT = 30.0
@@ -175,6 +175,9 @@ def examine(
         own["latency_s"], own["bytes_per_s"] = time_all_reduce(device)
         steps.begin("links")
         own["link"] = time_links()
+        if device.type == "cuda":
+            steps.begin("links of devices")
+            own["device_link"] = time_links(device)
     steps.begin("results")
     return ranks.gather(own)
 
@@ -206,8 +209,12 @@ def machine_id() -> str:
 def report(run_dir: Path, policy: str, ranks: Sequence[Facts], findings: Sequence[Finding], seconds: float) -> None:
     """Write health.json, and say it."""
     sick = sorted({each["host"] for each in findings if each["sick"]})
-    linked = [facts for facts in ranks if facts.get("link")]
-    links = [{**facts["link"], "from": facts["rank"], "to": ranks[facts["link"]["to"]]["rank"]} for facts in linked]
+    links = [
+        {**facts[key], "of": key, "from": facts["rank"], "to": ranks[facts[key]["to"]]["rank"]}
+        for key in LINKS
+        for facts in ranks
+        if facts.get(key)
+    ]
     write_json(
         run_dir / "health.json",
         {

@@ -14,10 +14,11 @@ from data_pipeline.remote import is_remote
 from pretrain.config import resolve
 
 Clock = Callable[[], float]
+CPU = torch.device("cpu")
 MATMUL_SECONDS = 0.5
 TOKEN_SECONDS = 4.0  # for a file to be seen by other hosts
 ROUNDS = 5  # of what is short and disturbed easily: the best counts
-LINK_BYTES = 4 << 20
+LINK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 # Elements of the matrices' sides, bytes that are reduced: milliseconds each.
 SIZES = {"cpu": (384, 4 << 20), "cuda": (4096, 64 << 20)}
 
@@ -90,9 +91,9 @@ def _ask(other: int, clock: Clock) -> tuple[float, float]:
     return end - begin, float(answer) - (begin + end) / 2
 
 
-def time_links() -> dict[str, float] | None:
-    """Collective. Of the link to the next rank, in host memory: {"to", "latency_s", "bytes_per_s"}; all links at once
-    but for their ends, so that each process has one at a time. None: this rank is alone, or the second of two.
+def time_links(device: torch.device = CPU) -> dict[str, float] | None:
+    """Collective. Of the link to the next rank, from memory of `device`: {"to", "latency_s", "bytes_per_s"}; all links
+    at once but for their ends, so that each process has one at a time. None: this rank is alone, or the second of two.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     found = None
@@ -103,31 +104,33 @@ def time_links() -> dict[str, float] | None:
                 continue
             second = (first + 1) % world
             if rank == first:
-                found = {"to": second, **_measure_link(second)}
+                found = {"to": second, **_measure_link(second, device)}
             elif rank == second:
-                _answer_link(first)
+                _answer_link(first, device)
         dist.barrier()
     return found
 
 
-def _measure_link(other: int) -> dict[str, float]:
-    small, large = torch.zeros(1), torch.zeros(LINK_BYTES // 4)
+def _measure_link(other: int, device: torch.device) -> dict[str, float]:
+    small, large = torch.zeros(1, device=device), torch.zeros(LINK_BYTES[device.type] // 4, device=device)
     latencies, speeds = [], []
     for _ in range(ROUNDS):
         begin = time.perf_counter()
         dist.send(small, other)
         dist.recv(small, other)
+        _finish(device)
         latencies.append((time.perf_counter() - begin) / 2)
     for _ in range(ROUNDS):
         begin = time.perf_counter()
         dist.send(large, other)
         dist.recv(small, other)
-        speeds.append(LINK_BYTES / (time.perf_counter() - begin))
+        _finish(device)
+        speeds.append(LINK_BYTES[device.type] / (time.perf_counter() - begin))
     return {"latency_s": min(latencies), "bytes_per_s": max(speeds)}
 
 
-def _answer_link(other: int) -> None:
-    small, large = torch.zeros(1), torch.zeros(LINK_BYTES // 4)
+def _answer_link(other: int, device: torch.device) -> None:
+    small, large = torch.zeros(1, device=device), torch.zeros(LINK_BYTES[device.type] // 4, device=device)
     for _ in range(ROUNDS):
         dist.recv(small, other)
         dist.send(small, other)

@@ -1,13 +1,14 @@
 """What the findings of a health check say against which node."""
 
 from collections.abc import Sequence
-from statistics import median
-from typing import Any
+from statistics import median, median_high
+from typing import Any, NamedTuple
 
 SLOW = 1.5  # times the median time of a matrix product
 SKEW = 0.5  # seconds
 WEAK_LINK = 0.25  # of the median bandwidth
 LITTLE_MEMORY = 0.5  # of the median free memory
+LINKS = {"link": "links", "device_link": "links of devices"}  # by the readings that they are judged by
 
 Finding = dict[str, Any]
 Facts = dict[str, Any]
@@ -62,23 +63,68 @@ def _twice(ranks: Sequence[Facts]) -> list[Finding]:
     return found
 
 
+class Link(NamedTuple):
+    a: Facts
+    b: Facts
+    speed: float  # bytes a second
+
+    @property
+    def hosts(self) -> set[str]:
+        return {self.a["host"], self.b["host"]}
+
+
 def _weak_links(ranks: Sequence[Facts]) -> list[Finding]:
-    """A node both of whose links are weak is sick; of one weak link nobody knows whose fault it is."""
-    links = [(facts, ranks[facts["link"]["to"]], facts["link"]["bytes_per_s"]) for facts in ranks if facts.get("link")]
-    usual = median([speed for _, _, speed in links] or [0.0])
-    weak = [(a, b, speed) for a, b, speed in links if speed < WEAK_LINK * usual]
-    ends = [facts["rank"] for a, b, _ in weak for facts in (a, b)]
+    """Those between nodes are judged by each other, those within nodes likewise; in host memory, and of devices."""
     found = []
-    for a, b, speed in weak:
-        text = (
-            f"rank {a['rank']} on {a['host']} to rank {b['rank']} on {b['host']}: {speed / 1e9:.3g} GB/s, the median "
-        )
-        found.append(finding("link", None, f"{text}is {usual / 1e9:.3g} GB/s"))
-    for facts in ranks:
-        if ends.count(facts["rank"]) > 1:
-            text = f"rank {facts['rank']} on {facts['host']}: both its links are weak"
-            found.append(finding("link", facts["host"], text, sick=True))
+    for key, what in LINKS.items():
+        links = [Link(facts, ranks[facts[key]["to"]], facts[key]["bytes_per_s"]) for facts in ranks if facts.get(key)]
+        found += _between([link for link in links if len(link.hosts) == 2], what)
+        found += _within([link for link in links if len(link.hosts) == 1], what)
     return found
+
+
+def _between(links: Sequence[Link], what: str) -> list[Finding]:
+    """A node all of whose links are weak, by the median of the others, is sick; not so if each of them leads to another
+    such node, which may be the cause. Of other weak links, as of one between the only two nodes, nobody knows whose
+    fault it is.
+    """
+    poor: dict[str, float] = {}
+    for host in sorted({host for link in links for host in link.hosts}):
+        others = [link.speed for link in links if host not in link.hosts]
+        usual = median_high(others) if others else 0.0
+        if all(link.speed < WEAK_LINK * usual for link in links if host in link.hosts):
+            poor[host] = usual
+    found, sick = [], set()
+    for host, usual in poor.items():
+        own = [link for link in links if host in link.hosts]
+        if not all(link.hosts <= poor.keys() for link in own):
+            sick.add(host)
+            speeds = ", ".join(f"{link.speed / 1e9:.3g}" for link in own)
+            how = f"{speeds} GB/s, the median of the others is {usual / 1e9:.3g} GB/s"
+            found.append(finding("link", host, f"{host}: all its {what} to other nodes are weak: {how}", sick=True))
+    return found + [finding("link", None, text) for link, text in _weak(links, what) if not link.hosts & sick]
+
+
+def _within(links: Sequence[Link], what: str) -> list[Finding]:
+    """A weak link within a node is its own fault; a node that has no other is sick."""
+    weak = _weak(links, what)
+    slow = [link for link, _ in weak]
+    good = {link.a["host"] for link in links if link not in slow}
+    return [finding("link", link.a["host"], text, sick=link.a["host"] not in good) for link, text in weak]
+
+
+def _weak(links: Sequence[Link], what: str) -> list[tuple[Link, str]]:
+    """The links that are far below the median, and how far."""
+    usual = median_high([link.speed for link in links] or [0.0])
+    return [
+        (
+            link,
+            f"rank {link.a['rank']} on {link.a['host']} to rank {link.b['rank']} on {link.b['host']}: "
+            f"{link.speed / 1e9:.3g} GB/s, the median of {what} is {usual / 1e9:.3g} GB/s",
+        )
+        for link in links
+        if link.speed < WEAK_LINK * usual
+    ]
 
 
 def finding(kind: str, host: str | None, text: str, sick: bool = False) -> Finding:

@@ -105,12 +105,61 @@ def test_verdicts(rank, changed, kind, sick):
     assert [(each["kind"], each["sick"]) for each in judge(ranks)] == [(kind, sick)]
 
 
-def test_a_node_whose_links_are_all_weak_is_sick():
-    ranks = [facts_of(i) for i in range(4)]
-    for i in (0, 1):  # the links from 0 to 1 and from 1 to 2
-        ranks[i]["link"] = ranks[i]["link"] | {"bytes_per_s": 1e9}
-    ranks += [facts_of(i) | {"link": {"to": (i + 1) % 8, "bytes_per_s": 1e10}} for i in range(4, 8)]
-    assert [each["host"] for each in judge(ranks) if each["sick"]] == ["n1"]
+def linked(nodes, per_node, slow, key="link"):
+    """Findings about links of a ring of ranks, those in `slow` (by the rank that they leave) a tenth as fast."""
+    size = nodes * per_node
+    ranks = [facts_of(rank, host=f"n{rank // per_node}", machine=f"m{rank // per_node}") for rank in range(size)]
+    for rank, facts in enumerate(ranks):
+        # Within a node they are all as slow as a bad one between nodes: no reason to call them so.
+        usual = 1e9 if key == "link" and rank % per_node != per_node - 1 else 1e10
+        speed = usual / 10 if rank in slow else usual
+        facts |= {"device_index": rank % per_node, "link": {"to": (rank + 1) % size, "bytes_per_s": 1e10}}
+        facts[key] = {"to": (rank + 1) % size, "bytes_per_s": speed}
+    findings = judge(ranks)
+    assert {each["kind"] for each in findings} <= {"link"}
+    return findings
+
+
+def sick(findings):
+    return [each["host"] for each in findings if each["sick"]]
+
+
+@pytest.mark.parametrize("key", ["link", "device_link"])
+@pytest.mark.parametrize("per_node", [1, 2, 8])
+def test_a_node_all_of_whose_links_to_others_are_weak_is_sick(per_node, key):
+    """Each of its ranks has one such link at most, where it has several ranks."""
+    bad = {per_node - 1, 2 * per_node - 1}  # from node 0 to 1, from 1 to 2
+    assert linked(4, per_node, (), key) == []
+    for nodes in (3, 4, 8):
+        (found,) = linked(nodes, per_node, bad, key)
+        assert (found["host"], found["sick"]) == ("n1", True)
+        assert "1, 1 GB/s, the median of the others is 10 GB/s" in found["text"]
+
+
+def test_a_node_between_two_sick_ones_is_not_to_blame():
+    bad = {1, 3, 5, 7}  # those of nodes 1 and 3, and so both of node 2
+    assert sick(linked(8, 2, bad)) == ["n1", "n3"]
+    assert sick(linked(8, 2, {1, 3, 5})) == ["n1", "n2"], "neighbours that are both sick"
+
+
+def test_of_one_weak_link_between_good_nodes_nobody_is_sick():
+    (found,) = linked(4, 2, {3})
+    assert found["host"] is None and not found["sick"]
+    assert "rank 3 on n1 to rank 4 on n2: 1 GB/s, the median of links is 10 GB/s" in found["text"]
+
+
+def test_of_two_nodes_both_are_named():
+    (found,) = linked(2, 2, {1})
+    assert found["host"] is None and not found["sick"]
+    assert "rank 1 on n0 to rank 2 on n1" in found["text"]
+
+
+def test_a_weak_link_within_a_node_is_judged_by_such_links_and_is_its_own():
+    (found,) = linked(4, 2, {2})
+    assert (found["host"], found["sick"]) == ("n1", True)
+    assert "rank 2 on n1 to rank 3 on n1: 0.1 GB/s, the median of links is 1 GB/s" in found["text"]
+    (found,) = linked(2, 4, {5})
+    assert (found["host"], found["sick"]) == ("n1", False), "others of the node are good"
 
 
 def start(run_dir, rank, world, port, *options):
