@@ -104,7 +104,9 @@ def age(beat: dict[str, Any]) -> float:
 
 
 def find_slowest(beats: dict[int, dict[str, Any]]) -> Pace | None:
-    """The rank that takes the longest for a step, its waiting for others left out."""
+    """The rank that takes the longest for a step, its waiting for others left out. None where heartbeats do not tell
+    that, as on GPUs.
+    """
     paces = {rank: float(beat["own_s"]) for rank, beat in beats.items() if beat.get("own_s")}
     if len(paces) < 2:
         return None

@@ -1,4 +1,7 @@
-"""Ranks that are slower than the others, from the pace in their heartbeats: no collective is added."""
+"""Ranks that are slower than the others, from the pace in their heartbeats: no collective is added.
+
+None are found on GPUs, where a rank's own time is not known (`pretrain.heartbeat.Heartbeat`).
+"""
 
 import time
 from pathlib import Path
@@ -47,11 +50,12 @@ class Stragglers:
 
 def find_stragglers(beats: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """Of heartbeats by rank those that hold the others up: {"rank", "host", "seconds" a step, "median" of the others,
-    "data": whether waiting for data takes most of it}.
+    "data": whether waiting for data takes most of it}. Beats without "own_s" are left out.
     """
     rows = []
-    for rank, beat in beats.items():
-        others = [each["own_s"] for other, each in beats.items() if other != rank]
+    known = {rank: beat for rank, beat in beats.items() if beat["own_s"] is not None}
+    for rank, beat in known.items():
+        others = [each["own_s"] for other, each in known.items() if other != rank]
         if not others:
             continue
         usual = median_high(others)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from pretrain.history import now, this_start
@@ -49,11 +50,12 @@ class WatchdogConfig(BaseModel):
 class Pace:
     """What a rank's main thread did in the steps between two lines of the log, in seconds a step.
 
-    step: wall clock. own: without waiting for other ranks. data: of it, waiting for data.
+    step: wall clock. own: without waiting for other ranks; None where that cannot be told. data: of step, waiting for
+    data.
     """
 
     step: float = 0.0
-    own: float = 0.0
+    own: float | None = None
     data: float = 0.0
 
 
@@ -75,6 +77,9 @@ class Heartbeat:
     last time that the rank moved on, and "beats", how often it did; "alive", when the thread wrote this; "host", "pid",
     "job", "restart"; "step_s", "own_s" and "data_s", the rank's pace over `every` steps or two seconds.
 
+    "own_s" is null on GPUs: there calls of collectives return at once, and a host waits for its device alike whether
+    that computes or waits for other ranks, in collectives that overlap with computing.
+
     Args:
         run_dir: of the run. rank: of this process. every: steps over which the pace is taken.
     """
@@ -86,6 +91,7 @@ class Heartbeat:
         self.pace, self.window = Pace(), 0  # window: how many of them are over
         self.moved, self._moved_at, self._written = time.monotonic(), now(), -1
         self._identity = {**this_start(), "pid": os.getpid()}
+        self._own_known = not torch.cuda.is_available()  # then ranks compute there, see `parallel.world`
         self.main = threading.get_ident()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -161,16 +167,18 @@ class Heartbeat:
             return window
         steps = step - window.step
         a_look = window.seconds / window.looks / steps
-        own, data = (window.looks - window.elsewhere) * a_look, window.data * a_look
+        own = (window.looks - window.elsewhere) * a_look if self._own_known else None
+        data = window.data * a_look
         self.pace, self.window = Pace(window.seconds / steps, own, data), self.window + 1
         return _Window(step)
 
     def _write(self) -> None:
         if (moved := self.beats) != self._written:
             self._moved_at, self._written = now(), moved
+        own = self.pace.own
         record: dict[str, Any] = {
             "time": self._moved_at, "step": self.step, "phase": self.phase_name, **self._identity, "beats": moved,
-            "alive": now(), "step_s": round(self.pace.step, 4), "own_s": round(self.pace.own, 4),
+            "alive": now(), "step_s": round(self.pace.step, 4), "own_s": None if own is None else round(own, 4),
             "data_s": round(self.pace.data, 4), "window": self.window,
         }  # fmt: skip
         with suppress(OSError):  # the folder may be full, or gone: training goes on

@@ -18,6 +18,8 @@ def pace(own, data=0.0, step=1.0):
         ([pace(0.01), pace(0.01), pace(0.05)], []),  # five times as slow, and yet no matter
         ([pace(0.9), pace(0.9), pace(0.4)], []),
         ([pace(0.9)], []),
+        ([pace(None), pace(None), pace(None)], []),  # on GPUs
+        ([pace(None), pace(0.5), pace(0.9)], [2]),
     ],
 )
 def test_ranks_that_hold_the_others_up(paces, slow):

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 
+from launch.readings import find_slowest
 from pretrain.heartbeat import ENDED, PATIENCE, Heartbeat, waits_for_ranks
 
 
@@ -56,7 +57,8 @@ def test_a_folder_that_cannot_be_written_does_not_matter(tmp_path):
         beat.done(1)
 
 
-def test_the_pace_counts_waiting_for_data_as_own(tmp_path):
+def test_the_pace_counts_waiting_for_data_as_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with Heartbeat(tmp_path, 0, every=2) as beat:
         for step in range(1, 14):
             with beat.phase("waiting for data"):
@@ -66,6 +68,20 @@ def test_the_pace_counts_waiting_for_data_as_own(tmp_path):
         wait_for(lambda: beat.window >= 1)
     assert 0.25 < beat.pace.step < 3 and beat.pace.own == beat.pace.step
     assert 0.3 < beat.pace.data / beat.pace.own < 0.95
+
+
+def test_on_gpus_the_own_time_is_missing_not_wrong(tmp_path, monkeypatch):
+    """Hosts wait for their devices alike, whichever rank is slow."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with Heartbeat(tmp_path, 0, every=1) as beat:
+        for step in range(1, 14):
+            time.sleep(0.2)
+            beat.done(step)
+        wait_for(lambda: beat.window >= 1)
+    assert beat.pace.own is None and beat.pace.step > 0.1
+    record = read(beat)
+    assert record["own_s"] is None and record["step_s"] > 0.1
+    assert find_slowest({0: record, 1: record | {"rank": 1}}) is None
 
 
 def test_a_thread_in_a_collective_waits_for_others():
