@@ -104,6 +104,7 @@ def start_job(
     time: str = "10",
     grace: int = 20,
     health: str = "off",
+    python: Path | None = None,
 ) -> TrainingJob:
     """Submit recipe `tiny`, small. The caller's environment has OMP_NUM_THREADS and GLOO_SOCKET_IFNAME."""
     site = ClusterConfig.model_validate(
@@ -114,6 +115,7 @@ def start_job(
             "time": time,
             "grace": grace,
             "health": health,
+            "python": str(python or ""),
         }
     )
     order = Order(

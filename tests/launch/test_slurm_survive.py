@@ -12,6 +12,18 @@ from pretrain.history import read_ends
 from tests.launch.jobs import TrainingJob, small_job, start_job, weights
 
 pytestmark = pytest.mark.slow
+# In place of the Python of the job: its health check finds n1 slow, and has time to come together here.
+SLOW_N1 = f"""#!{sys.executable}
+import os, sys
+if sys.argv[1:4] == ["-P", "-m", "launch.health"]:
+    import launch.probes
+    launch.probes.time_links = lambda: None  # of a busy machine they say nothing
+    launch.probes.time_matmul = lambda device: 9.0 if os.environ["SLURMD_NODENAME"] == "n1" else 1.0
+    import launch.health
+    launch.health.JOIN_SECONDS = launch.health.LIMIT = 40.0
+    sys.exit(launch.health.main(sys.argv[4:]))
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 ENDLESS = ("train.steps=100000", "checkpoint.every=10", "checkpoint.async=false")
 
 
@@ -103,6 +115,25 @@ def test_a_lost_node_without_spares_requeues_the_job(slurm, tmp_path, tiny_shard
     job.finish(state="CANCELLED")
     job.wait_for(lambda: job.ends[-1] == ("preempted or cancelled", 1), 20)
     assert job.saved == job.step
+
+
+def test_a_sick_node_is_left_out_and_then_excluded(slurm, tmp_path, tiny_shards):
+    """With a spare the job goes on beside it; without one it is queued again for other nodes."""
+    python = tmp_path / "python"
+    python.write_text(SLOW_N1)
+    python.chmod(0o755)
+    fixed = ("train.steps=3", "parallel.dp_shard=2")
+    check = {"launcher": "srun", "health": "exclude", "python": python}
+    spared = start_job(slurm, tmp_path / "spared", tiny_shards, *fixed, spares=1, **check)
+    spared.finish(timeout=200)
+    assert [attempt["nodes"] for attempt in spared.attempts] == [["n2", "n3"]]
+    assert "rank 0 on n1 is slow" in spared.output and "left out: n1" in spared.output
+    slurm.wait_idle()
+    job = start_job(slurm, tmp_path / "run", tiny_shards, *fixed, **check)
+    job.finish(timeout=300)
+    assert [attempt["nodes"] for attempt in job.attempts] == [["n2", "n3"]]
+    assert job.ends == [("unhealthy", 0), ("finished", 1)]
+    assert slurm.job(job.id)["ExcNodeList"] == "n1"
 
 
 def test_a_mistake_ends_the_job_and_is_said_last(slurm, tmp_path, tiny_shards):
