@@ -18,7 +18,9 @@ from pretrain.sections import SourceConfig
 
 
 class Document(NamedTuple):
-    """A document as a person is told of it; `start`: its first token (0 for pictures) in the sample."""
+    """A document as a person is told of it; `start`: its first token (0 for pictures) in the sample. Where the source
+    cannot be asked any more, `shard` is "?" and `key` its number there.
+    """
 
     source: str
     shard: str
@@ -110,14 +112,21 @@ def shard_name(dataset: Dataset, document: int) -> str:
     return str(dataset.names[shard] if isinstance(shard, int) else shard).rpartition("/")[2]
 
 
+def unchanged(datasets: dict[str, Dataset], history: list[Any] | None) -> dict[str, Dataset]:
+    """Those sources, by name, that hold what the run has read of them, as the mixture's history says."""
+    phases = Timeline.from_state(history or []).phases
+    read = {share.name: share.data for phase in phases for share in phase.shares}
+    return {name: found for name, found in datasets.items() if read.get(name, found.fingerprint) == found.fingerprint}
+
+
 def describe(record: Record, names: list[str], datasets: dict[str, Dataset]) -> Iterator[Document]:
-    """The documents of a record, in its order. Raises ValueError for a source that is not among `datasets`."""
+    """The documents of a record, in its order; those of a source that is not among `datasets` by number."""
     for source, number, offset in zip(*(column.tolist() for column in record[1:]), strict=True):
         name = names[source]
-        if name not in datasets:
-            raise ValueError(f"source {name!r} is not in the run's recipe any more: its documents cannot be named")
-        dataset = datasets[name]
-        yield Document(name, shard_name(dataset, number), dataset.key(number), offset)
+        if name in datasets:
+            yield Document(name, shard_name(datasets[name], number), datasets[name].key(number), offset)
+        else:
+            yield Document(name, "?", f"document {number}", offset)
 
 
 def number_documents(record: Record, documents: np.ndarray, first_row: int) -> np.ndarray:
