@@ -57,12 +57,14 @@ def verify(args: argparse.Namespace) -> int:
 def pin(args: argparse.Namespace) -> None:
     """The checkpoint is kept whatever the recipe says."""
     pin_step(Path(args.run) / "checkpoints", args.step)
+    _carry_pins(Path(args.run))
     print(f"step {args.step} stays; let go of it with: pretrain checkpoint unpin {args.run} {args.step}")
 
 
 def unpin(args: argparse.Namespace) -> None:
     """It is kept as the recipe says, from the next save on."""
     unpin_step(Path(args.run) / "checkpoints", args.step)
+    _carry_pins(Path(args.run))
     print(f"step {args.step} stays as long as the recipe keeps it")
 
 
@@ -74,8 +76,8 @@ def rewind(args: argparse.Namespace) -> None:
     lock.take()
     try:
         check_whole(run / "checkpoints", args.step)
-        if (run / "config.toml").is_file() and (url := load_run_config(run).checkpoint.remote):
-            Remote(url).set_aside(after=args.step)
+        if remote := _remote(run):
+            remote.set_aside(after=args.step)
         aside = rewind_to(run / "checkpoints", args.step, also=[run / name for name in CUT_BACK])
     finally:
         lock.release()
@@ -83,6 +85,22 @@ def rewind(args: argparse.Namespace) -> None:
         print(f"step {args.step} is the newest already")
     else:
         print(f"the next start goes on from step {args.step}; newer checkpoints are in {aside}, nothing is deleted")
+
+
+def _carry_pins(run: Path) -> None:
+    """The copies are pinned alike."""
+    if remote := _remote(run):
+        remote.carry_pins(run / "checkpoints")
+
+
+def _remote(run: Path) -> Remote | None:
+    """Where the run's checkpoints are copied to, if anywhere. Raises ValueError where another run's are."""
+    url = load_run_config(run).checkpoint.remote if (run / "config.toml").is_file() else ""
+    if not url:
+        return None
+    remote = Remote(url)
+    remote.claim(run / "checkpoints")
+    return remote
 
 
 def _lineage(info: CheckpointInfo) -> list[str]:

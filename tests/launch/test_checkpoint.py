@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoints.remote import Remote
 from checkpoints.store import CheckpointStore
 from launch.cli import main
 from pretrain.lock import RunLock
@@ -46,6 +47,25 @@ def test_rewind_sets_newer_ones_aside_and_says_where(run: Path, capsys: pytest.C
     assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "step-00000020", "step-00000030"]
     assert cli("rewind", run, 10) == 0
     assert "the newest already" in capsys.readouterr().out
+
+
+def test_copies_elsewhere_are_pinned_and_set_aside_with_them(tmp_path: Path, capsys: pytest.CaptureFixture):
+    url = f"file://{tmp_path}/copies"
+    for name, value in (("run", 1.0), ("other", 2.0)):
+        store = CheckpointStore(tmp_path / name / "checkpoints", remote=url if name == "run" else None)
+        for step in (10, 20):
+            store.save(step, {"w": torch.full((2,), value)}, {}, {})
+        (tmp_path / name / "config.toml").write_text(f'[checkpoint]\nremote = "{url}"\n')
+    run, copies = tmp_path / "run", Remote(url)
+    pins = tmp_path / "copies/step-00000010.pinned"
+    assert cli("pin", run, 10) == 0 and pins.exists()
+    assert cli("unpin", run, 10) == 0 and not pins.exists()
+    capsys.readouterr()
+    for words in (("pin", tmp_path / "other", 10), ("rewind", tmp_path / "other", 10)):
+        assert cli(*words) == 2
+        assert "has the checkpoints of another run" in capsys.readouterr().err
+    assert copies.newest_whole() == 20
+    assert cli("rewind", run, 10) == 0 and copies.newest_whole() == 10
 
 
 def test_mistakes_are_one_line(run: Path, capsys: pytest.CaptureFixture):
