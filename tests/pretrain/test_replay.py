@@ -4,10 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.cli import main
+from parallel.world import World
 from pretrain.config import load_run_config
-from pretrain.replay import replay
+from pretrain.replay import replay, with_batch
 from pretrain.train import train
 from tests.data_pipeline.conftest import make_shards, unique_documents
 from tests.pretrain.test_train import ALONE, losses, small_config
@@ -70,3 +72,12 @@ def test_other_documents_than_the_ledger_has_are_refused(run, tmp_path) -> None:
         shutil.copy(file, tmp_path / "data" / file.name.replace("00000", "00002"))
     with pytest.raises(ValueError, match=r"step 1: .*ledger.bin has other documents than the run's sources give now"):
         replay(config, ALONE, 3)
+
+
+def test_micro_batches_come_out_even_and_a_contrastive_step_stays_whole(tmp_path, tiny_shards) -> None:
+    config = small_config(tmp_path, tiny_shards, "train.global_batch=16", "train.micro_batch=8", "parallel.dp_shard=2")
+    world = World(0, 2, torch.device("cpu"))
+    compared = config.model_copy(update={"objective": config.objective.model_copy(update={"name": "contrastive"})})
+    for chosen, batch, micro_batch in ((config, 16, 8), (config, 24, 4), (config, 64, 8), (compared, 64, 32)):
+        train = with_batch(chosen, world, batch).train
+        assert (train.global_batch, train.micro_batch) == (batch, micro_batch)
