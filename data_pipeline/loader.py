@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from queue import Empty, Queue
 from threading import Thread
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,13 @@ MicroBatch = dict[str, torch.Tensor]
 """``tokens``, ``targets`` (-100 ignored), ``positions``, ``documents``; each int32 [B, S]. With pictures also the other
 fields of ``ImageSamples``.
 """
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A stream that has something to do when no more is read from it."""
+
+    def close(self) -> None: ...
 
 
 class Loader:
@@ -101,12 +108,14 @@ class Loader:
         return [{name: value[cut : cut + size] for name, value in whole.items()} for cut in cuts]
 
     def close(self) -> None:
-        """Stop reading ahead. Further iteration ends."""
+        """Stop reading ahead, and close the stream where it can be. Further iteration ends."""
         self._closed = True
         while self._thread is not None and self._thread.is_alive():
             with suppress(Empty):
                 self._ready.get_nowait()  # makes room, if the thread waits for it
             self._thread.join(0.01)
+        if isinstance(self.stream, Closing):
+            self.stream.close()
 
     def __enter__(self) -> Self:
         return self

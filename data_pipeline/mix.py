@@ -10,6 +10,7 @@ import numpy as np
 
 from data_pipeline.ahead import Ahead
 from data_pipeline.ledger import Record
+from data_pipeline.loader import Closing
 from data_pipeline.pack import ImageSamples, Pieces, Samples, SourceStream, TokenStream, pack
 from data_pipeline.timeline import Timeline
 
@@ -128,6 +129,12 @@ class MixedStream:
         record = Record(*map(np.concatenate, zip(*records, strict=True)))
         order = np.argsort(record.rows, kind="stable")
         return Record(*(column[order] for column in record))
+
+    def close(self) -> None:
+        """Close the streams that can be."""
+        for stream in self.streams.values():
+            if isinstance(stream, Closing):
+                stream.close()
 
     def _widened(self, samples: Samples | ImageSamples) -> Samples | ImageSamples:
         """With empty image arrays, where other sources have pictures and this one has none."""

@@ -37,8 +37,9 @@ def make_stream(
 ) -> TokenStream | ImageTextStream | PairStream:
     """Samples of a dataset, as the recipe's model takes them."""
     options: Any = {"seq_len": config.data.seq_len, "seed": config.run.seed, "shuffle": shuffle, "skipped": skipped}
+    options["together"] = config.data.shuffle_shards
     if isinstance(dataset, TokenDataset):
-        return TokenStream(dataset, **options, together=config.data.shuffle_shards)
+        return TokenStream(dataset, **options)
     options["workers"] = config.data.pictures.workers
     if reads_classes(config):
         return LabelStream(dataset, picture_form(config), **options)
@@ -116,7 +117,9 @@ def _open(config: RunConfig, shards: str) -> Dataset:
         placeholder=pictures.placeholder,
         cache=cache,
         image_first=pictures.image_first,
-        on_problem=fatal if pictures.broken == "fatal" else Skip(),
+        max_pixels=pictures.max_pixels,
+        max_bytes=pictures.max_bytes,
+        on_problem=fatal if pictures.broken == "fatal" else Skip(source=shards),
     )
 
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_pipeline.images.decode import MAX_BYTES, MAX_PIXELS
 from parallel.engine import Precision
 from parallel.remat import Recompute
 
@@ -57,6 +58,8 @@ class PicturesConfig(Section):
     newline: int = Field(-1, ge=-1, description="Token after each row of a picture (Fuyu); -1: none")
     image_first: bool = Field(True, description="The picture of a caption without placeholder comes before it")
     broken: Literal["skip", "fatal"] = Field("skip", description="Samples that cannot be used: counted, or the end")
+    max_pixels: int = Field(MAX_PIXELS, gt=0, description="Height x width of a picture; larger ones are broken")
+    max_bytes: int = Field(MAX_BYTES, gt=0, description="Bytes of a picture's file; larger ones are broken")
     workers: int = Field(0, ge=0, description="Threads that decode, beside the one that reads ahead")
 
 
@@ -80,7 +83,7 @@ class DataConfig(Section):
         description="Also weigh a source by its samples ** (1 / temperature): 1 as large, above: flatter; 0: no",
     )
     shuffle_shards: int = Field(
-        0, ge=0, description="Text shards whose documents are shuffled together, as many as a cache holds; 0: all"
+        0, ge=0, description="Shards whose documents are shuffled together, as many as a cache holds; 0: all"
     )
     skip: str = Field("", description="File of documents to leave out, a line each as `pretrain data ledger` prints it")
     patches: int = Field(0, ge=0, description="Image patches of one sample, all pictures together; 0: text alone")

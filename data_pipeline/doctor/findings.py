@@ -49,7 +49,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     "uneven-shards": ("note", "write shards of one size: readers of whole shards finish together"),
     "sample": ("warning", "mend or remove it; training leaves it out"),
     "picture-broken": ("warning", "replace or remove it; training leaves it out"),
-    "picture-large": ("warning", "scale it down, or raise data.max_pixels; training leaves it out"),
+    "picture-large": ("warning", "scale it down, or raise data.pictures.max_pixels, max_bytes; training leaves it out"),
     "picture-tiny": ("note", "remove it: little can be seen in it"),
     "picture-thin": ("note", "cut it: most of it is lost when it is scaled"),
     "picture-duplicate": ("warning", "keep one of them"),

@@ -123,6 +123,10 @@ class ImageTextDataset:
         """The path of a file in the first shard's folder, fetched where that is elsewhere and has it."""
         return self._files[0].folder_file(name)
 
+    def shards_of(self, samples: np.ndarray) -> np.ndarray:
+        """Numbers of the shards [n] that hold samples [n]."""
+        return self._shards[samples]
+
     def shard_of(self, sample: int) -> str:
         """The shard that holds a sample, as its user knows it."""
         return self.names[self._shards[sample]]
@@ -183,6 +187,11 @@ class ImageTextDataset:
     def report(self, sample: int, error: PictureError) -> None:
         """Hand a sample that turned out to be broken to ``on_problem``."""
         self.on_problem(Problem(self.shard_of(sample), self.key(sample), str(error)))
+
+    def close(self) -> None:
+        """Have the samples that were left out summed up in the log."""
+        if isinstance(self.on_problem, Skip):
+            self.on_problem.tell_total()
 
     def _read(self, sample: int, where: np.ndarray, most: int) -> bytes:
         with self._files[self._shards[sample]].open(self.index(sample)) as file:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class LabelStream(PairStream):
 
     Args:
         dataset: of captions read by ``as_tokenizer``. seq_len: P = S, patches of a row; the last ones may be padding.
-        shuffle, workers, skipped: as of pairs.
+        shuffle, together, workers, skipped: as of pairs.
 
     Raises:
         ValueError: a row has too few patches, or no sample is of a class.
@@ -87,6 +87,7 @@ class LabelStream(PairStream):
         seq_len: int,
         seed: int = 0,
         shuffle: bool = True,
+        together: int = 0,
         workers: int = 0,
         skipped: Sequence[int] = (),
     ) -> None:
@@ -95,7 +96,8 @@ class LabelStream(PairStream):
                 f"data.seq_len = {seq_len}: the largest picture has {form.fullest} patches, class token included; "
                 "raise data.seq_len and data.patches to that"
             )
-        super().__init__(dataset, form, seq_len=seq_len, seed=seed, shuffle=shuffle, workers=workers, skipped=skipped)
+        options: Any = {"seed": seed, "shuffle": shuffle, "together": together, "workers": workers, "skipped": skipped}
+        super().__init__(dataset, form, seq_len=seq_len, **options)
         known = dataset.tokens[self._samples] == 1
         for sample in self._samples[~known].tolist():
             caption = dataset.tokenizer.decode(np.concatenate(dataset.texts([sample])[0]))

@@ -9,8 +9,8 @@ from data_pipeline.images.dataset import ImageTextDataset
 from data_pipeline.images.decode import PictureError
 from data_pipeline.images.form import PictureForm
 from data_pipeline.images.problems import Problem
-from data_pipeline.images.stream import empty_samples
-from data_pipeline.pack import Entries, ImageSamples, permutation
+from data_pipeline.images.stream import empty_samples, shuffled
+from data_pipeline.pack import Entries, ImageSamples
 
 
 class PairStream:
@@ -22,6 +22,7 @@ class PairStream:
 
     Args:
         seq_len: S, tokens of a row. shuffle: permute the samples anew each epoch.
+        together: shards whose samples are shuffled among themselves, in a shuffled order of shards; 0: all.
         workers: threads that decode; 0 decodes in the caller's. The rows are the same.
         skipped: numbers of samples whose rows are all padding.
 
@@ -41,13 +42,14 @@ class PairStream:
         seq_len: int,
         seed: int = 0,
         shuffle: bool = True,
+        together: int = 0,
         workers: int = 0,
         skipped: Sequence[int] = (),
     ) -> None:
         if seq_len < 2:
             raise ValueError(f"seq_len {seq_len}: must be at least 2, for a caption and the end-of-text token")
         self.dataset, self.form, self.seq_len, self.seed, self.shuffle = dataset, form, seq_len, seed, shuffle
-        self._skipped = frozenset(skipped)
+        self._skipped, self._together = frozenset(skipped), together
         numbers = np.diff(dataset.first)
         for sample in np.flatnonzero(numbers != 1).tolist():
             why = f"{numbers[sample]} pictures, a pair has one"
@@ -75,8 +77,10 @@ class PairStream:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            count = self.num_samples
-            order = permutation(count, self.seed, epoch) if self.shuffle else np.arange(count)
+            order = np.arange(self.num_samples)
+            if self.shuffle:
+                shards = self.dataset.shards_of(self._samples)
+                order = np.concatenate(shuffled(shards, len(self.dataset.paths), self._together, self.seed, epoch))
             self._orders = {epoch: order, **{past: kept for past, kept in self._orders.items() if past == epoch - 1}}
         return self._orders[epoch]
 
@@ -121,6 +125,8 @@ class PairStream:
         return rows, columns
 
     def close(self) -> None:
-        """End the threads that decode."""
+        """End the threads that decode, and log how many samples were left out; reading on works, without threads."""
         if self._pool is not None:
             self._pool.shutdown()
+            self._pool = None
+        self.dataset.close()

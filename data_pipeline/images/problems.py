@@ -20,12 +20,16 @@ class Problem(NamedTuple):
 class Skip:
     """Count each sample once, and log the first ``limit`` of them to standard error.
 
+    Args:
+        source: what the samples are of, for the log.
+
     Attributes:
         counts: samples left out, by shard. num_skipped: their sum.
     """
 
-    def __init__(self, limit: int = 100) -> None:
-        self.limit, self.counts = limit, Counter[str]()
+    def __init__(self, limit: int = 100, source: str = "the data") -> None:
+        self.limit, self.source, self.counts = limit, source, Counter[str]()
+        self._told = 0
         self._seen: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
@@ -38,6 +42,13 @@ class Skip:
             if len(self._seen) <= self.limit:
                 last = "; further ones are only counted" if len(self._seen) == self.limit else ""
                 print(f"skipped: {problem}{last}", file=sys.stderr)
+
+    def tell_total(self) -> None:
+        """Log how many they are; nothing if none came since it was last told."""
+        with self._lock:
+            if self.num_skipped > self._told:
+                self._told = self.num_skipped
+                print(f"skipped: {self._told:,} samples of {self.source} in all", file=sys.stderr)
 
     @property
     def num_skipped(self) -> int:

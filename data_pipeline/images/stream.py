@@ -15,7 +15,7 @@ import numpy as np
 from data_pipeline.images.dataset import ImageTextDataset
 from data_pipeline.images.decode import PictureError
 from data_pipeline.images.form import PictureForm
-from data_pipeline.images.pack import WINDOW, PackingCost, pack_rows, packing_cost
+from data_pipeline.images.pack import WINDOW, PackingCost, Rows, pack_rows, packing_cost
 from data_pipeline.pack import IGNORED, Entries, ImageSamples, permutation, permuted
 
 
@@ -29,6 +29,8 @@ class ImageTextStream:
     Args:
         form: what becomes of a picture. seq_len: S, tokens of a row. patches: P, patches of a row.
         shuffle: permute samples, and rows anew each epoch; else they come in the dataset's order.
+        together: shards whose samples are packed and shuffled among themselves, in an order of shards that is shuffled
+            too; 0: all.
         workers: threads that decode; 0 decodes in the caller's. The rows are the same.
         window: samples that packing chooses from.
         skipped: numbers of samples that are left out of their rows, as if they could not be decoded.
@@ -49,6 +51,7 @@ class ImageTextStream:
         patches: int,
         seed: int = 0,
         shuffle: bool = True,
+        together: int = 0,
         workers: int = 0,
         window: int = WINDOW,
         skipped: Sequence[int] = (),
@@ -58,12 +61,18 @@ class ImageTextStream:
         _check_budgets(form, seq_len, patches)
         self._grids = form.grids(dataset.sizes)
         self._measure()
-        count = dataset.num_samples
-        order = permutation(count, seed, 0) if shuffle else np.arange(count)
-        self._rows = pack_rows(
-            self._lengths, self._patch_counts, order, seq_len=seq_len, budget=patches, window=max(1, window)
-        )
+        parts = [np.arange(dataset.num_samples)]
+        if shuffle:
+            shards, num_shards = dataset.shards_of(parts[0]), len(dataset.paths)
+            parts = shuffled(shards, num_shards, together, seed, 0)
+        budgets: dict[str, int] = {"seq_len": seq_len, "budget": patches, "window": max(1, window)}
+        packed = [pack_rows(self._lengths, self._patch_counts, part, **budgets) for part in parts]
+        lengths = [np.diff(rows.first) for rows in packed]
+        first = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
+        self._rows = Rows(np.concatenate([rows.members for rows in packed]), first)
         self.num_samples = len(self._rows.first) - 1
+        self._bounds = np.cumsum([0, *map(len, lengths)])  # rows of each window of shards
+        self._windows: tuple[int, np.ndarray, np.ndarray] = -1, self._bounds, self._bounds
         self._pool = ThreadPoolExecutor(workers, "decode") if workers else None
 
     @property
@@ -98,9 +107,23 @@ class ImageTextStream:
         for index in range(start, start + count):
             epoch, place = divmod(index, self.num_samples)
             if self.shuffle:
-                place = int(permuted(np.array([place]), self.num_samples, self.seed, epoch)[0])
+                place = self._place(epoch, place)
             found.append(self._rows.members[self._rows.first[place] : self._rows.first[place + 1]])
         return found
+
+    def _place(self, epoch: int, place: int) -> int:
+        """The row that comes at a place of an epoch: windows of shards in another order, each permuted inside."""
+        num_windows = len(self._bounds) - 1
+        known = self._windows  # another thread may replace it meanwhile
+        if known[0] != epoch:
+            order = permutation(num_windows, self.seed, epoch)
+            known = self._windows = epoch, order, np.cumsum(np.diff(self._bounds)[order])
+        _, order, ends = known
+        number = int(np.searchsorted(ends, place, side="right"))
+        begin, end = self._bounds[order[number] :][:2].tolist()
+        inside = np.array([place - int(ends[number]) + end - begin])
+        # Where a window is the whole epoch, this is (seed, epoch).
+        return begin + int(permuted(inside, end - begin, self.seed, epoch * num_windows + number)[0])
 
     def documents(self, start: int, count: int) -> Entries:
         """Which samples of the dataset lie in rows ``start`` to ``start + count - 1``, also those that are left out."""
@@ -184,9 +207,11 @@ class ImageTextStream:
             at += length
 
     def close(self) -> None:
-        """End the threads that decode."""
+        """End the threads that decode, and log how many samples were left out; reading on works, without threads."""
         if self._pool is not None:
             self._pool.shutdown()
+            self._pool = None
+        self.dataset.close()
 
 
 def _write_document(
@@ -204,6 +229,19 @@ def _write_document(
     row.positions[where] = np.arange(length)
     row.documents[where] = document
     row.targets[where.start : where.stop - 1] = np.where(spans[1:] >= 0, IGNORED, ids[1:])
+
+
+def shuffled(shards: np.ndarray, num_shards: int, together: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The numbers of samples whose ``shards`` [n] are given, in another order: those of ``together`` shards, those of
+    the next ones, in an order of shards that is shuffled too. 0: of all.
+    """
+    order = permutation(len(shards), seed, epoch)
+    if not 0 < together < num_shards:
+        return [order]
+    groups = np.empty(num_shards, np.int64)
+    groups[permutation(num_shards, seed, epoch)] = np.arange(num_shards) // together
+    order = order[np.argsort(groups[shards[order]], kind="stable")]
+    return np.split(order, np.flatnonzero(np.diff(groups[shards[order]])) + 1)
 
 
 def empty_samples(count: int, seq_len: int, patches: int, values: int, eos_id: int) -> ImageSamples:

@@ -66,6 +66,20 @@ def test_rows_are_a_function_of_seed_and_index(dataset) -> None:
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
 
 
+def test_shards_are_shuffled_a_few_together(tmp_path) -> None:
+    for shard in range(4):
+        write_tar(tmp_path / f"{shard}.tar", [captioned(10 * shard + n) for n in range(10)])
+    dataset = ImageTextDataset(tmp_path / "*.tar", TOKENIZER, progress=False)
+    stream = PairStream(dataset, PictureForm(patch=4, image_token=0, size=8), seq_len=12, seed=1, together=2)
+    for epoch in range(3):
+        shards = stream.places(40 * epoch, 40) // 10
+        assert sorted(shards.tolist()) == sorted([0, 1, 2, 3] * 10)
+        halves = [set(half.tolist()) for half in np.split(shards, 2)]
+        assert len(halves[0]) == len(halves[1]) == 2 and len(set(shards[:8].tolist())) == 2
+    epochs = [stream.places(40 * epoch, 40).tolist() for epoch in (0, 1)]
+    assert epochs[0] != epochs[1]
+
+
 def test_shards_without_pairs(tmp_path) -> None:
     dataset = ImageTextDataset(write_tar(tmp_path / "a.tar", [{"__key__": "t", "txt": "text alone"}]), TOKENIZER)
     with pytest.raises(ValueError, match="no sample has exactly one picture"):

@@ -1,5 +1,6 @@
 """Packed rows with pictures against a plain rebuilding of them, document by document."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,33 @@ def test_rows_are_a_function_of_seed_and_index(shards, dataset) -> None:
     assert sorted(other.read(0, other.num_samples).tokens.tolist()) != sorted(first)
     with pytest.raises(ValueError, match="start must be 0 or more"):
         stream.read(-1, 2)
+
+
+def test_shards_are_shuffled_a_few_together(tmp_path) -> None:
+    """Of 6 shards, 2 at a time: rows hold samples of 2 shards alone, until these are used up."""
+    for shard in range(6):
+        write_tar(tmp_path / f"{shard}.tar", [captioned(40 * shard + n, 8, 8) for n in range(20 + 5 * shard)])
+    dataset = ImageTextDataset(tmp_path / "*.tar", TOKENIZER, progress=False)
+    options = {"seq_len": 60, "patches": 36, "seed": 1}
+    stream = ImageTextStream(dataset, form("native"), together=2, **options)
+    count, orders, firsts = stream.num_samples, [], []
+    for epoch in range(3):
+        rows = stream.rows(epoch * count, count)
+        again = [stream.rows(epoch * count + place, 1)[0].tolist() for place in (count - 1, 3)]
+        assert again == [rows[-1].tolist(), rows[3].tolist()]
+        assert sorted(np.concatenate(rows).tolist()) == list(range(dataset.num_samples))
+        groups = list(dict.fromkeys(tuple(sorted(set(dataset.shards_of(row).tolist()))) for row in rows))
+        pairs = [group for group in groups if len(group) == 2]
+        assert sorted(shard for pair in pairs for shard in pair) == list(range(6)), "packed among two shards"
+        owner = {shard: pair for pair in pairs for shard in pair}
+        owners = [owner[int(dataset.shards_of(row)[0])] for row in rows]
+        assert len([a for a, b in pairwise(owners) if a != b]) == 2, "one pair of shards after the other"
+        orders.append(list(dict.fromkeys(owners)))
+        firsts.append([row.tolist() for row, pair in zip(rows, owners, strict=True) if pair == orders[0][0]])
+    assert len({tuple(order) for order in orders}) > 1 and firsts[0] != firsts[1]
+    assert sorted(firsts[0]) == sorted(firsts[1])
+    alone = [ImageTextStream(dataset, form("native"), together=n, **options).rows(0, 2 * count) for n in (0, 9)]
+    assert [row.tolist() for row in alone[0]] == [row.tolist() for row in alone[1]]
 
 
 def test_loader_slices_rows_with_all_their_arrays(dataset) -> None:
