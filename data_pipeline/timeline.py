@@ -200,16 +200,18 @@ class Timeline:
         return dict(zip(self.names, segment.taken_after(cursor - segment.start).tolist(), strict=True))
 
     def _until(self, end: int) -> list[_Segment]:
-        """The segments, as far as they are needed for the samples before ``end``."""
-        while not self._segments or self._segments[-1].end < end:
-            if not self._segments:
+        """The segments, as far as they are needed for the samples before ``end``; several threads may ask."""
+        segments = list(self._segments)
+        while not segments or segments[-1].end < end:
+            if not segments:
                 start, taken = 0, np.zeros(len(self.names), np.int64)
             else:
-                last = self._segments[-1]
+                last = segments[-1]
                 start = int(last.end)
                 taken = last.taken_after(start - last.start)
-            self._segments.append(self._segment(start, taken))
-        return self._segments
+            segments.append(self._segment(start, taken))
+        self._segments = segments
+        return segments
 
     def _segment(self, start: int, taken: np.ndarray) -> _Segment:
         phase = [phase for phase in self.phases if phase.start <= start][-1]

@@ -127,3 +127,20 @@ def test_other_data_under_the_same_name_is_refused() -> None:
     with pytest.raises(ValueError, match="record of the data mixture is damaged"):
         Timeline.from_state([{"start": 0}])
     assert Timeline([Phase(0, (Share("a"),))]).taken(0) == {"a": 0}
+
+
+def test_another_thread_may_ask_in_the_middle(monkeypatch) -> None:
+    """The loader's thread and the ledger's share a timeline."""
+    shares = shares_of([1.0, 1.0, 1.0], caps=[5, 9])
+    alone = Timeline.of(shares).where(0, 60)
+    shared, make, asked = Timeline.of(shares), Timeline._segment, []
+
+    def interrupted(self, *arguments):
+        if not asked:
+            asked.append(True)
+            self.where(0, 60)
+        return make(self, *arguments)
+
+    monkeypatch.setattr(Timeline, "_segment", interrupted)
+    assert all(np.array_equal(one, other) for one, other in zip(shared.where(0, 60), alone, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(shared.where(0, 60), alone, strict=True))
