@@ -45,20 +45,20 @@ def read_steps(folder: Path, patch: int) -> PictureSteps:
         raise ValueError(f"{folder}: transformers cannot load its image processor: {why}") from error
     if type(images).__name__.startswith("Fuyu"):
         newline = load_tokenizer(folder).get_vocab().get(NEWLINE, -1) if has_tokenizer(folder) else -1
-        return PictureSteps("native", max_patches=_patches(dict(images.size), patch), newline=newline)
-    where, size = f"{folder}: cannot import image_processor", images.size
+        return PictureSteps("native", max_patches=_patches(_size(images.size), patch), newline=newline)
+    where, size = f"{folder}: cannot import image_processor", _size(images.size)
     if not images.do_resize:
         raise ValueError(f"{where}.{misfit('do_resize', images.do_resize, [True])}")
     if getattr(images, "do_pad", None):
         raise ValueError(f"{where}.{misfit('do_pad', images.do_pad, [False])}")
     if not getattr(images, "do_center_crop", None):
         # One that keeps the aspect gives a tower what it takes of squares alone: these are the same squashed.
-        return PictureSteps("squash", size.height or size.shortest_edge)
-    side = images.crop_size.height
-    scaled = (size.height, size.width) if size.height else (size.shortest_edge,)
-    if images.crop_size.width != side or set(scaled) != {side}:
-        raise ValueError(f"{where}.{misfit('size', dict(size), [f'that of crop_size, {side}'])}")
-    return PictureSteps("crop" if size.shortest_edge else "squash", side)
+        return PictureSteps("squash", next(iter(size.values())))
+    cropped = _size(images.crop_size)
+    side = cropped["height"]
+    if {*cropped.values(), *size.values()} != {side}:
+        raise ValueError(f"{where}.{misfit('size', size, [f'that of crop_size, {side}'])}")
+    return PictureSteps("crop" if "shortest_edge" in size else "squash", side)
 
 
 def square(resize: str, side: int) -> Config:
@@ -121,6 +121,11 @@ def check_newline(steps: PictureSteps, folder: Path) -> None:
             f"data.pictures.newline = {steps.newline}: a FuyuProcessor puts {NEWLINE!r}, token {token}, after each row "
             f"of patches; train with data.pictures.newline = {token} to export"
         )
+
+
+def _size(size: Any) -> Config:
+    """Of what transformers has for one, the sides that it states."""
+    return {key: value for key, value in dict(size).items() if value is not None}
 
 
 def _patches(size: Config, patch: int) -> int:
