@@ -24,13 +24,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.ranks import Failure, Tail
+from launch.ranks import Failure, Tail, node_name
 from launch.rundir import first_error, log_folder, lost_contact, rank_log, read_json
-from launch.slurm import allocation
+from launch.slurm import allocation, guard
 from launch.slurm.recipe import fewer_nodes, goal
 from pretrain.history import append_end, append_line, now, read_ends, read_lines, this_start
 
 LOOK_SECONDS = 0.2
+GUARDS = 2  # nodes that look after the supervisor's
 LINGER_SECONDS = 30.0  # for a step to end once one of its ranks has failed
 END_SECONDS = 10.0  # for a step to end once SLURM was told to end it
 LOCK_SECONDS = 15.0  # between two looks whether the ranks of a start before are gone
@@ -58,6 +59,7 @@ class Supervisor:
         self.unfit: set[str] = set()  # of these, what the health check names
         self.locked_since: float | None = None
         self.folder = run_dir / "logs"
+        self.guards: dict[str, subprocess.Popen[bytes]] = {}
 
     def main(self) -> int:
         """Returns the exit code of the job: 0 finished or stopped as asked, 2 a user's mistake, 1 anything else."""
@@ -159,6 +161,7 @@ class Supervisor:
         line = {"time": now(), "job": self.id, "restart": restart, "step": self._newest(), "nodes": nodes}
         append_line(self.run_dir / "attempts.jsonl", line)
         self.say(f"start {restart} from step {line['step']} on {', '.join(nodes)}")
+        self._guard(nodes)
         per_node = self.job["ranks_per_node"] if self.job["launcher"] == "srun" else 1
         command = self._srun(nodes, per_node, self.folder / "agent-%N.log")
         command += ["-P", "-m", "launch.agent", str(self.run_dir)]
@@ -170,6 +173,13 @@ class Supervisor:
                 return self._watch(step)
             finally:
                 tail.close()
+
+    def _guard(self, nodes: Sequence[str]) -> None:
+        """Have other nodes look whether this one is lost."""
+        own = node_name()
+        for node in [node for node in nodes if node != own][:GUARDS]:
+            if node not in self.guards or self.guards[node].poll() is not None:
+                self.guards[node] = guard.start(node, own, self.run_dir / "logs")
 
     def _meeting_point(self, nodes: Sequence[str], restart: int) -> dict[str, str]:
         # Below the range of ports that the system gives away; another one for each start, and for the job of another

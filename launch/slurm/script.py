@@ -8,6 +8,7 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 
 from launch.slurm.cluster import ClusterConfig
 from launch.slurm.plan import JobPlan
+from pretrain.config import resolve
 
 TEMPLATE = Path(__file__).parent.parent / "templates" / "job.sh.jinja"
 PLAIN = re.compile(r"[A-Za-z0-9_.,:;@%+=/&|*()\[\]-]*")
@@ -58,9 +59,15 @@ def options(plan: JobPlan) -> list[tuple[str, str]]:
         ("chdir", str(plan.folder)),
         ("export", ",".join(plan.environment)),
     ]
-    # A node that is lost takes the job with it, unless there are others: the supervisor goes on with those.
-    spare = [("no-kill", "")] if plan.spares else []
-    return [(option, value) for option, value in found if value] + [*tasks(plan), *spare, ("requeue", "")]
+    # A node that is lost takes the job with it, unless the supervisor can go on with the others.
+    kept = [("no-kill", "")] if plan.spares or (plan.nodes > 1 and shrinks(plan)) else []
+    return [(option, value) for option, value in found if value] + [*tasks(plan), *kept, ("requeue", "")]
+
+
+def shrinks(plan: JobPlan) -> bool:
+    """Whether the number of replicas follows that of the nodes, see `launch.slurm.recipe.fewer_nodes`."""
+    parallel = resolve(plan.recipe, plan.overrides)[0].parallel
+    return -1 in (parallel.dp_replicate, parallel.dp_shard)
 
 
 def tasks(plan: JobPlan) -> list[tuple[str, str]]:

@@ -104,6 +104,17 @@ def test_lost_nodes_are_replaced_and_then_done_without(slurm, tmp_path, tiny_sha
     ]  # fmt: skip
 
 
+def test_a_job_that_outlives_its_supervisors_node_is_queued_again(slurm, tmp_path, tiny_shards):
+    job = start_job(slurm, tmp_path / "run", tiny_shards, *ENDLESS, launcher="srun")
+    wait_for_start(job, 0, 12)
+    slurm.kill_node("n1")
+    wait_for_start(job, 1, 3)
+    assert job.attempts[1]["nodes"] == ["n2", "n3"] and job.attempts[1]["step"] >= 10
+    assert job.ends[-1] == ("node lost", 0)
+    said = [path.read_text() for path in (job.run_dir / "logs").glob(f"guard-{job.id}-*.log")]
+    assert "node n1, where the supervisor ran, is lost" in "".join(said)
+
+
 def test_a_lost_node_without_spares_requeues_the_job(slurm, tmp_path, tiny_shards):
     job = start_job(slurm, tmp_path / "run", tiny_shards, *ENDLESS, "parallel.dp_shard=2", launcher="srun")
     wait_for_start(job, 0, 12)

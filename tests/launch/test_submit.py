@@ -100,7 +100,12 @@ def test_the_script_asks_for_what_was_ordered(capsys, tmp_path):
     assert (record["nodes"], record["spares"], record["gpus_per_node"], record["ranks_per_node"]) == (2, 1, 8, 8)
     assert (record["time_limit_s"], record["grace_s"], record["max_requeues"]) == (86400, 300, 3)
     assert record["health"] == "exclude"
+    assert "no-kill" in lines  # one node less is no end
     script, record = dry(capsys, "tiny", "run.dir=/r", *VARIANTS["srun"])
+    assert "no-kill" not in script
+    for shards, kept in ((-1, True), (2, False)):
+        text, _ = dry(capsys, "tiny", "run.dir=/r", f"parallel.dp_shard={shards}", "--nodes", "2")
+        assert ("#SBATCH --no-kill\n" in text) == kept
     assert "#SBATCH --ntasks-per-node=2\n#SBATCH --cpus-per-task=4\n" in script and "exclusive" not in script
     assert "#SBATCH --signal=B:USR1@120\n" in script and record["launcher"] == "srun"
     script, _ = dry(capsys, "tiny", "run.dir=/r", "--ranks-per-node", "2", "--cpus-per-rank", "4")

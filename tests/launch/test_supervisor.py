@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch.slurm import allocation, job
+from launch.slurm import allocation, guard, job
 from launch.slurm.job import Supervisor
 from launch.slurm.recipe import fewer_nodes
 from parallel.mesh import ParallelConfig
@@ -20,6 +20,8 @@ from pretrain.history import append_line, read_ends, read_lines
 # Plays the first file that is left in the folder of plays: a health check's or a start's.
 SRUN = f"""#!{sys.executable} -IS
 import json, pathlib, sys, time
+if "launch.slurm.guard" in sys.argv:
+    sys.exit()
 output = next(word for word in sys.argv if word.startswith("--output="))
 kind = "health" if "launch.health" in sys.argv else "start"
 folder = pathlib.Path(output.removeprefix("--output=")).parent
@@ -208,6 +210,22 @@ def test_a_check_that_fails_is_told_and_the_run_starts(tmp_path, capsys, monkeyp
     one = supervisor(tmp_path, FINISHED, checks=(check,), health=policy)
     assert one.main() == 0
     assert f"health: the check failed: {words}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("state", "names", "lost"),
+    [
+        ({"JobState": "RUNNING", "NodeList": "n[2-3]"}, "n2\nn3", True),
+        ({"JobState": "RUNNING", "NodeList": "n[1-2]"}, "n1\nn2", False),
+        ({"JobState": "COMPLETING", "NodeList": "n2"}, "n2", False),  # n1 has ended its part
+        ({"JobState": "RUNNING", "NodeList": "n2"}, "", False),  # no answer
+        ({}, "", False),
+    ],
+)
+def test_a_job_goes_on_without_its_supervisors_node(monkeypatch, state, names, lost):
+    monkeypatch.setattr(allocation, "state", lambda: state)
+    monkeypatch.setattr(allocation, "call", lambda *_: names)
+    assert guard.lost("n1") == lost
 
 
 def test_fewer_nodes_hold_the_experts(tmp_path):
