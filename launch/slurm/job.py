@@ -6,6 +6,8 @@ time limit near (SIGUSR1)       ranks save and leave, the job goes back into the
 preempted, cancelled (SIGTERM)  ranks save and leave; back into the queue only when it was preempted
 a rank, an agent, a node dies   start anew from the last checkpoint, on the nodes that are left where there are enough
                                 (spares first, then fewer replicas), else back into the queue
+this node dies                  back into the queue, by `launch.slurm.guard` on another
+the run's folder is locked      try again for some minutes: a lost node's lock outlives it
 refused on fewer nodes          back into the queue
 a user's mistake (code 2)       end
 no checkpoint in two starts     end
