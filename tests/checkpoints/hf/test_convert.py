@@ -301,7 +301,7 @@ print(int(peak.split()[1]) * 1024)  # ru_maxrss would count the parent's
 """
 LLAMA = {"vocab_size": 26000, "hidden": 960, "ffn": 2560, "layers": 16, "heads": 15, "kv_heads": 5}
 GPT2 = {
-    "vocab_size": 1000, "hidden": 2900, "ffn": 8700, "layers": 4, "heads": 29, "positions": "learned",
+    "vocab_size": 1000, "hidden": 2500, "ffn": 10000, "layers": 4, "heads": 25, "positions": "learned",
     "norm": "layer", "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True, "tied": True,
 }  # fmt: skip
 MIXTRAL = {"vocab_size": 1000, "hidden": 1024, "layers": 3, "heads": 8, "moe": {"experts": 16, "ffn": 1536}}
@@ -314,7 +314,8 @@ MIXTRAL = {"vocab_size": 1000, "hidden": 1024, "layers": 3, "heads": 8, "moe": {
 def test_memory_stays_near_the_largest_tensor(brand: str, model: dict, tmp_path: Path) -> None:
     """Export, comparison and import of 700 to 1200 MB, 100 MB the largest tensor.
 
-    Under 2 x the largest + 400 MB, of which the process with torch and transformers takes nearly all.
+    Under 2 x the largest + 400 MB, of which the process with torch and transformers takes 380 to 400: what a tensor is
+    fused of and itself may be in memory, so GPT-2's fused one is not the largest here, as it is in no GPT-2.
     """
     shapes, ties = native_tensors(DecoderConfig(**model))
     tensors = {name: torch.full(shape, 0.5) for name, shape in shapes.items()}
