@@ -99,7 +99,7 @@ def assert_all_agree(verdicts: dict[str, Verdict]) -> None:
     wrong = {name: verdict.diagnosis() for name, verdict in verdicts.items() if verdict.failed}
     assert not wrong
     shares = [c.share for verdict in verdicts.values() for c in verdict.comparisons.values()]
-    assert len(shares) >= 20
+    assert len(shares) >= 12
     assert max(shares) < 0.5  # far from the limit: it is no lottery
 
 
@@ -143,7 +143,7 @@ def test_a_dozen_layouts_of_8_processes(tmp_path):
         {"pp": 2, "dp_shard": 2, "cp": 2, "schedule": "dualpipev"},
     ]
     layouts = [ParallelConfig(**{**dict.fromkeys(AXES, 1), **degrees}) for degrees in chosen]
-    verdicts = certify(tmp_path, 8, layouts, rounds={"adamw": 1, "muon": 2})
+    verdicts = certify(tmp_path, 8, layouts, rounds={"muon": 2})  # whose other parameters are AdamW's
     assert not [verdict.refused for verdict in verdicts.values() if verdict.refused]
     assert len(verdicts) == 12
     assert_all_agree(verdicts)
