@@ -199,14 +199,12 @@ class TokenStream:
 
     def _order(self, epoch: int, count: int) -> np.ndarray:
         """The epoch's documents, each once."""
+        documents, shards = np.arange(count), len(self.dataset.paths)
         if not self.shuffle:
-            return np.arange(count)
-        order, shards = permutation(count, self.seed, epoch), len(self.dataset.paths)
-        if self._together == shards:
-            return order
-        groups = np.empty(shards, np.int64)
-        groups[permutation(shards, self.seed, epoch)] = np.arange(shards) // self._together
-        return order[np.argsort(groups[self.dataset.shards_of(order)], kind="stable")]
+            return documents
+        if self._together == shards:  # whatever shard each is in
+            return permutation(count, self.seed, epoch)
+        return np.concatenate(shuffled(self.dataset.shards_of(documents), shards, self._together, self.seed, epoch))
 
 
 def pack(pieces: Pieces, views: list[np.ndarray], count: int, seq_len: int, skipped: np.ndarray) -> Samples:
@@ -266,6 +264,19 @@ def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     """
     with np.errstate(over="ignore"):
         return np.argsort(_mix(np.arange(size, dtype=np.uint64) + _salt(seed, epoch)), kind="stable")
+
+
+def shuffled(shards: np.ndarray, num_shards: int, together: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The numbers of samples whose ``shards`` [n] are given, in another order: those of ``together`` shards, those of
+    the next ones, in an order of shards that is shuffled too. 0: of all.
+    """
+    order = permutation(len(shards), seed, epoch)
+    if not 0 < together < num_shards:
+        return [order]
+    groups = np.empty(num_shards, np.int64)
+    groups[permutation(num_shards, seed, epoch)] = np.arange(num_shards) // together
+    order = order[np.argsort(groups[shards[order]], kind="stable")]
+    return np.split(order, np.flatnonzero(np.diff(groups[shards[order]])) + 1)
 
 
 def _salt(seed: int, epoch: int) -> np.uint64:

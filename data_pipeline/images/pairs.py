@@ -9,8 +9,8 @@ from data_pipeline.images.dataset import ImageTextDataset
 from data_pipeline.images.decode import PictureError
 from data_pipeline.images.form import PictureForm
 from data_pipeline.images.problems import Problem
-from data_pipeline.images.stream import empty_samples, shuffled
-from data_pipeline.pack import Entries, ImageSamples
+from data_pipeline.images.stream import empty_samples
+from data_pipeline.pack import Entries, ImageSamples, shuffled
 
 
 class PairStream:

@@ -16,7 +16,7 @@ from data_pipeline.images.dataset import ImageTextDataset
 from data_pipeline.images.decode import PictureError
 from data_pipeline.images.form import PictureForm
 from data_pipeline.images.pack import WINDOW, PackingCost, Rows, pack_rows, packing_cost
-from data_pipeline.pack import IGNORED, Entries, ImageSamples, permutation, permuted
+from data_pipeline.pack import IGNORED, Entries, ImageSamples, permutation, permuted, shuffled
 
 
 class ImageTextStream:
@@ -229,19 +229,6 @@ def _write_document(
     row.positions[where] = np.arange(length)
     row.documents[where] = document
     row.targets[where.start : where.stop - 1] = np.where(spans[1:] >= 0, IGNORED, ids[1:])
-
-
-def shuffled(shards: np.ndarray, num_shards: int, together: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The numbers of samples whose ``shards`` [n] are given, in another order: those of ``together`` shards, those of
-    the next ones, in an order of shards that is shuffled too. 0: of all.
-    """
-    order = permutation(len(shards), seed, epoch)
-    if not 0 < together < num_shards:
-        return [order]
-    groups = np.empty(num_shards, np.int64)
-    groups[permutation(num_shards, seed, epoch)] = np.arange(num_shards) // together
-    order = order[np.argsort(groups[shards[order]], kind="stable")]
-    return np.split(order, np.flatnonzero(np.diff(groups[shards[order]])) + 1)
 
 
 def empty_samples(count: int, seq_len: int, patches: int, values: int, eos_id: int) -> ImageSamples:
